@@ -1,0 +1,115 @@
+"""From one entry of a call to a `Request` that is sure to fit the model, the context and the pool.
+
+Everything that could fail for one prompt fails here, before anything of its call has started.
+"""
+
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxengine.inputs import Entry
+from jaxengine.request import Request
+from jaxengine.sampling_params import SamplingParams
+
+DEFAULT_MAX_NEW_TOKENS = SamplingParams().max_new_tokens
+SEED_BITS = 63
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request must fit."""
+
+    vocab_size: int  # width of the logits
+    context_length: int  # prompt and output, in tokens
+    pool_tokens: int  # the whole KV pool, in tokens
+    eos_token_ids: frozenset[int]
+    truncates: bool  # cut what is too long instead of refusing it
+
+    @property
+    def max_tokens(self) -> int:
+        return min(self.context_length, self.pool_tokens)
+
+
+def make_request(
+    entry: Entry, prompt_ids: Sequence[int], limits: Limits, seeds: random.Random
+) -> Request:
+    """The request of an entry whose prompt has these token ids.
+
+    Raises:
+        ValueError: an empty or over-long prompt, ids outside the vocabulary, parameters that do not
+        fit.
+    """
+    sampling = entry.sampling
+    sampling.validate_for(limits.vocab_size)
+    prompt_ids = _checked_ids(
+        prompt_ids, "prompt" if entry.input_ids is None else "input_ids", limits
+    )
+    stop_ids = frozenset(sampling.stop_token_ids or ()) | limits.eos_token_ids
+    seed = sampling.sampling_seed
+    return Request(
+        rid=entry.rid,
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        max_new_tokens=_max_new_tokens(sampling, len(prompt_ids), limits),
+        stop_token_ids=frozenset() if sampling.ignore_eos else stop_ids,
+        seed=seeds.getrandbits(SEED_BITS) if seed is None else _sample_seed(seed, entry.sample),
+        priority=entry.priority,
+    )
+
+
+def _checked_ids(ids: Any, field: str, limits: Limits) -> list[int]:
+    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if not ids:
+        raise ValueError(f"{field}: expected at least one token, got an empty prompt")
+    for index, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < limits.vocab_size:
+            raise ValueError(
+                f"{field}: expected token ids from 0 to {limits.vocab_size - 1}, "
+                f"got {token!r} at index {index}"
+            )
+    if len(ids) < limits.max_tokens:
+        return ids
+    if limits.truncates:
+        warnings.warn(
+            f"{field}: a prompt of {len(ids)} tokens was cut to {limits.max_tokens - 1}",
+            stacklevel=2,
+        )
+        return ids[: limits.max_tokens - 1]
+    raise ValueError(
+        f"{field}: {len(ids)} tokens, and at least one to generate, do not fit {_limit(limits)}"
+    )
+
+
+def _max_new_tokens(sampling: SamplingParams, prompt_len: int, limits: Limits) -> int:
+    """What was asked for; the default and None are cut to what fits."""
+    room = limits.max_tokens - prompt_len
+    asked = sampling.max_new_tokens
+    if asked is None:
+        return room
+    if asked <= room or asked == DEFAULT_MAX_NEW_TOKENS or limits.truncates:
+        return min(asked, room)
+    raise ValueError(
+        f"max_new_tokens: {prompt_len} prompt tokens and {asked} new ones do not fit "
+        f"{_limit(limits)}"
+    )
+
+
+def _limit(limits: Limits) -> str:
+    if limits.pool_tokens < limits.context_length:
+        return (
+            f"the KV pool of {limits.pool_tokens} tokens; shorten it, raise max_total_tokens, or "
+            "set allow_auto_truncate"
+        )
+    return (
+        f"the context of {limits.context_length} tokens; shorten it, raise context_length, or set "
+        "allow_auto_truncate"
+    )
+
+
+def _sample_seed(seed: int, sample: int) -> int:
+    """The first sample of a prompt has the seed asked for, the others seeds that follow from it."""
+    if sample == 0:
+        return seed % (1 << 64)
+    return random.Random(f"{seed}/{sample}").getrandbits(SEED_BITS)

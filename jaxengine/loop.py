@@ -1,0 +1,276 @@
+"""The engine's thread: schedule, submit, collect, deliver, again and again.
+
+Overlapped, step n+1 is on its way before the tokens of step n are read, so the device never waits
+for the host; the plain loop beside it does one thing after the other and gives the same tokens.
+Everything that changes the scheduler happens on this thread: others leave their calls in its inbox.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from jaxengine import outputs
+from jaxengine.request import Request, Status
+from jaxengine.scheduler import Row, Scheduler, StepPlan
+
+NOT_FINITE = -1  # what a step draws from logits it cannot use
+
+
+class StepRunner(Protocol):
+    def submit(self, plan: StepPlan) -> Any: ...
+
+    def collect(self, submitted: Any) -> list[int]: ...
+
+    def close(self) -> None: ...
+
+
+class Loop:
+    """Runs requests to their end; thread-safe from `start` to `stop`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        overlaps: bool = True,
+        max_queued_requests: int | None = None,
+        on_start: Callable[[], None] | None = None,
+        on_end: Callable[[], None] | None = None,
+    ):
+        self.scheduler = scheduler
+        self.runner = runner
+        self.error: BaseException | None = None
+        self.after_step: Callable[[], None] | None = None  # tests check the books here
+        self.num_steps = 0
+        self.num_output_tokens = 0
+        self.last_step_time = time.monotonic()
+        self.throughput = 0.0  # output tokens per second, over the last second of steps
+        self._overlaps = overlaps
+        self._max_queued_requests = max_queued_requests
+        self._on_start = on_start
+        self._on_end = on_end
+        self._window = (self.last_step_time, 0)  # start of the present second, tokens by then
+        self._live: dict[str, Request] = {}
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._main, name="jaxengine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # From any thread
+
+    def call(self, function: Callable[[], Any]) -> Future:
+        """Runs `function` on the loop's thread between two steps."""
+        future: Future = Future()
+        self._inbox.put((function, future))
+        if not self._thread.is_alive():  # it ended meanwhile: nobody else will answer
+            self._drain_inbox()
+        return future
+
+    def add(self, requests: Iterable[Request]) -> Future:
+        requests = list(requests)
+        return self.call(lambda: self._add(requests))
+
+    def abort(
+        self, rids: Iterable[str] | None = None, message: str = "aborted by request"
+    ) -> Future:
+        """Ends the requests of these ids, or all; unknown and finished ids are no error."""
+        chosen = None if rids is None else list(rids)
+        return self.call(lambda: self._abort(chosen, message))
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Ends the thread after the step in flight; unfinished requests are aborted. May be called
+        twice."""
+        self._is_stopping = True
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self.call(lambda: None)  # wakes it
+            self._thread.join(timeout)
+
+    def wait_for_end(self, timeout: float) -> bool:
+        """Whether the thread has ended, at the latest after `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    # On the loop's thread
+
+    def _main(self) -> None:
+        try:
+            if self._on_start is not None:
+                self._on_start()
+            self._run_overlapped() if self._overlaps else self._run_plain()
+        except (
+            BaseException
+        ) as error:  # the boundary of the thread: callers are told, none is left waiting
+            self.error = error
+        finally:
+            self._end()
+
+    def _run_plain(self) -> None:
+        while self._receive(can_wait=self.scheduler.is_idle):
+            plan = self.scheduler.schedule()
+            if plan is not None:
+                self._deliver(plan, self.runner.submit(plan))
+
+    def _run_overlapped(self) -> None:
+        flying: tuple[StepPlan, Any] | None = None
+        while self._receive(can_wait=flying is None and self.scheduler.is_idle):
+            plan = self.scheduler.schedule()
+            submitted = (plan, self.runner.submit(plan)) if plan is not None else None
+            if flying is not None:
+                self._deliver(*flying)
+            flying = submitted
+
+    def _receive(self, can_wait: bool) -> bool:
+        """Answers the inbox, waiting for a first call where there is nothing else to do; False at
+        the end."""
+        while not self._is_stopping:
+            try:
+                function, future = self._inbox.get(block=can_wait)
+            except queue.Empty:
+                return True
+            self._answer(function, future)
+            can_wait = can_wait and self.scheduler.is_idle
+        return False
+
+    def _answer(self, function: Callable[[], Any], future: Future) -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:  # the caller's error, raised where it waits; the loop goes on
+            future.set_exception(error)
+
+    def _deliver(self, plan: StepPlan, submitted: Any) -> None:
+        tokens = self.runner.collect(submitted)
+        for row, token in zip(plan.rows, tokens, strict=False):  # padding rows follow
+            self._deliver_row(row, token)
+        self._count_step()
+        if self.after_step is not None:
+            self.after_step()
+
+    def _count_step(self) -> None:
+        self.num_steps += 1
+        self.last_step_time = time.monotonic()
+        started, tokens = self._window
+        if self.last_step_time - started >= 1:
+            spent = self.last_step_time - started
+            self.throughput = (self.num_output_tokens - tokens) / spent
+            self._window = (self.last_step_time, self.num_output_tokens)
+
+    def _deliver_row(self, row: Row, token: int) -> None:
+        request = row.request
+        if not row.samples:
+            if request.status is Status.RUNNING and not request.can_run and not request.in_flight:
+                self._finish(
+                    request, outputs.length_reason(request.max_new_tokens)
+                )  # nothing to draw
+            return
+        if not self.scheduler.collect(row, token):
+            return
+        self.num_output_tokens += 1
+        if token == NOT_FINITE:
+            request.output_ids.pop()
+            self.scheduler.finish(request, outputs.not_finite_reason(), keeps_prefix=False)
+            self._report_end(request)
+            return
+        reason = stop_reason(request, token)
+        if reason is not None:
+            self._finish(request, reason)
+        elif (
+            request.stream_interval and (len(request.output_ids) - 1) % request.stream_interval == 0
+        ):
+            request.publish()
+
+    def _finish(self, request: Request, reason: dict[str, Any]) -> None:
+        self.scheduler.finish(request, reason)
+        self._report_end(request)
+
+    def _report_end(self, request: Request) -> None:
+        request.finish_time = time.time()
+        del self._live[request.rid]
+        request.publish()
+
+    def _add(self, requests: list[Request]) -> None:
+        taken = [request.rid for request in requests if request.rid in self._live]
+        if taken:
+            raise ValueError(f"rid {taken[0]!r} is in use by an unfinished request; choose another")
+        limit = self._max_queued_requests
+        if limit is not None and self.scheduler.num_waiting + len(requests) > limit:
+            raise ValueError(
+                f"{self.scheduler.num_waiting} requests wait and {len(requests)} more would exceed "
+                f"max_queued_requests = {limit}; send fewer at a time or raise it"
+            )
+        if not self._live:  # idle time is no hang, and no part of the throughput
+            self.last_step_time = time.monotonic()
+            self._window = (self.last_step_time, self.num_output_tokens)
+        for request in requests:
+            self._live[request.rid] = request
+            self.scheduler.add(request)
+
+    def _abort(self, rids: list[str] | None, message: str) -> None:
+        for rid in list(self._live) if rids is None else rids:
+            request = self._live.get(rid)
+            if request is not None:
+                self._finish(request, outputs.abort_reason(message))
+
+    def _end(self) -> None:
+        """Tells everyone still waiting. The scheduler is past use: after an error its books may be
+        wrong."""
+        message = f"the engine failed: {self.error!r}" if self.error else "the engine was shut down"
+        reason = outputs.abort_reason(message, status_code=500 if self.error else None)
+        for request in list(self._live.values()):
+            request.status, request.finish_reason = Status.FINISHED, reason
+            self._report_end(request)
+        self.runner.close()
+        if self._on_end is not None:
+            self._on_end()
+        self._drain_inbox()
+
+    def _drain_inbox(self) -> None:
+        while True:
+            try:
+                _, future = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            future.set_exception(RuntimeError(self.end_message))
+
+    @property
+    def end_message(self) -> str:
+        """Why a stopped loop takes no more requests."""
+        if self.error is not None:
+            return f"this engine failed and takes no more requests: {self.error!r}"
+        return "this engine was shut down and takes no more requests; make a new one"
+
+
+def stop_reason(request: Request, token: int) -> dict[str, Any] | None:
+    """Why a request ends with the token it just got: the token, its text, or its length, in this
+    order.
+
+    An end-of-sequence token in the last allowed place is a stop, not a length.
+    """
+    is_stop_token = token in request.stop_token_ids
+    is_last = len(request.output_ids) >= request.max_new_tokens
+    matched = None
+    if request.stop_text is not None:
+        try:
+            if not is_stop_token or request.sampling.no_stop_trim:
+                matched = request.stop_text.add(token)
+            if matched is None and (is_stop_token or is_last):
+                matched = request.stop_text.finish()
+        except ValueError as error:  # a stop expression that takes too long
+            return outputs.abort_reason(str(error), status_code=400, err_type="BadRequestError")
+    if is_stop_token:
+        return outputs.stop_reason(token)
+    if matched is not None:
+        return outputs.stop_reason(matched)
+    return outputs.length_reason(request.max_new_tokens) if is_last else None

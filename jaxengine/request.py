@@ -1,0 +1,97 @@
+"""One request: what was asked, what has come of it, and where its sequence stands. Plain data.
+
+Lengths of a sequence, in tokens, as they are once every step planned so far has run:
+
+    [ ------------------------------ length: on the device ----------------------------- ]
+    [ --------- num_tokens: known to the host -------- ][ in_flight: drawn, not yet seen ]
+    [ ---- num_computed: K and V written ---- ][ --------- num_pending: to compute ------ ]
+
+`num_to_compute` is where `num_computed` ends: the last token drawn is never read.
+"""
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jaxengine.prefix_tree import Node
+from jaxengine.sampling_params import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Progress(NamedTuple):
+    """A moment of a request, for whoever reads it from another thread."""
+
+    num_tokens: int = 0
+    finish_reason: dict[str, Any] | None = None
+    stop_text: str | None = None  # the text to show, where stop strings are watched
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """A sequence that is being continued. The scheduler owns the second half of the fields."""
+
+    rid: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    max_new_tokens: int  # resolved: prompt and output fit the context and the pool
+    stop_token_ids: frozenset[int]  # resolved: end-of-sequence ids included unless ignored
+    seed: int
+    priority: int = 0
+    stop_text: Any = None  # `results.StopText`, where there are stop strings
+    stream_interval: int | None = None  # None: report the end only
+    report: Callable[[], None] = lambda: None  # called by the loop's thread after new progress
+    arrival_time: float = field(default_factory=time.time)
+
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: dict[str, Any] | None = None
+    finish_time: float | None = None
+    progress: Progress = Progress()
+    num_cached: int | None = None  # prompt tokens found in the prefix tree at first admission
+    num_retractions: int = 0
+
+    status: Status = Status.WAITING
+    order: tuple = ()  # place in the queue
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)  # the prefix tree's nodes of the first pages
+    num_computed: int = 0
+    length: int = field(init=False)
+    num_to_compute: int = field(init=False)
+
+    def __post_init__(self):
+        self.length = self.num_tokens
+        self.num_to_compute = len(self.prompt_ids) + max(self.max_new_tokens - 1, 0)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt_ids + self.output_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def in_flight(self) -> int:
+        return self.length - self.num_tokens
+
+    @property
+    def num_pending(self) -> int:
+        return self.length - self.num_computed
+
+    @property
+    def can_run(self) -> bool:
+        """Whether a step has something to compute for it, as far as is known one step ahead."""
+        return self.num_computed < self.num_to_compute
+
+    def publish(self) -> None:
+        """Makes the present state visible to the caller's thread."""
+        text = None if self.stop_text is None else self.stop_text.shown
+        self.progress = Progress(len(self.output_ids), self.finish_reason, text)
+        self.report()

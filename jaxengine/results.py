@@ -1,0 +1,104 @@
+"""Requests to text and dictionaries: the watch on stop strings while a request runs, and the writer
+of its results. It knows one request at a time and no queue.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+from jaxengine import outputs
+from jaxengine.request import Progress, Request
+from jaxengine.stopping import StopMatcher
+from jaxengine.tokenizer import Detokenizer
+
+
+class OutputOptions(NamedTuple):
+    """How the results of a call are written."""
+
+    weight_version: str = "default"
+    ids_are_deltas: bool = False  # chunks hold the ids since the chunk before
+    text_is_delta: bool = False
+
+
+class StopText:
+    """The text of a request that has stop strings or patterns, fed by the loop token by token."""
+
+    def __init__(self, tokenizer: Any, request: Request):
+        sampling = request.sampling
+        self._detokenizer = _detokenizer(tokenizer, request)
+        self._matcher = StopMatcher(
+            sampling.stop or (), sampling.stop_regex or (), no_stop_trim=sampling.no_stop_trim
+        )
+        self.shown = ""  # what a stream may show: no end that a stop string could begin with
+
+    def add(self, token: int) -> str | None:
+        """The stop string or pattern that the text with this token contains, if any."""
+        self._detokenizer.add([token])
+        return self._search(self._detokenizer.text)
+
+    def finish(self) -> str | None:
+        """The same for what was withheld as an incomplete character, once nothing more comes."""
+        matched = self._search(text := self._detokenizer.finish())
+        if matched is None:
+            self.shown = text
+        return matched
+
+    def _search(self, text: str) -> str | None:
+        stop = self._matcher.search(text)
+        self.shown = text[: self._matcher.shown_len(text) if stop is None else stop.text_len]
+        return None if stop is None else stop.matched
+
+
+class Writer:
+    """Writes what a request has come to by some moment of it; moments in order."""
+
+    def __init__(self, request: Request, tokenizer: Any, options: OutputOptions):
+        self._request = request
+        self._options = options
+        self._has_text = tokenizer is not None
+        self._detokenizer = None
+        if self._has_text and request.stop_text is None:
+            self._detokenizer = _detokenizer(tokenizer, request)
+        self._num_fed = self._num_ids_written = self._num_chars_written = 0
+        self._was_sent = False
+
+    def write(self, progress: Progress) -> dict[str, Any]:
+        request = self._request
+        output_ids = request.output_ids[: progress.num_tokens]
+        text = self._text(progress, output_ids)
+        is_end = progress.finish_reason is not None
+        latency = (request.finish_time or time.time()) - request.arrival_time
+        result = outputs.result(
+            rid=request.rid,
+            text=text,
+            output_ids=output_ids,
+            finish_reason=progress.finish_reason,
+            prompt_tokens=len(request.prompt_ids),
+            cached_tokens=request.num_cached or 0,
+            total_retractions=request.num_retractions,
+            weight_version=self._options.weight_version,
+            e2e_latency=latency if is_end else None,
+            sent_at=None if self._was_sent else time.time(),
+            text_start=self._num_chars_written if self._options.text_is_delta else 0,
+            ids_start=self._num_ids_written if self._options.ids_are_deltas else 0,
+        )
+        self._was_sent = True
+        self._num_ids_written, self._num_chars_written = len(output_ids), len(text or "")
+        return result
+
+    def _text(self, progress: Progress, output_ids: list[int]) -> str | None:
+        if not self._has_text:
+            return None
+        if self._detokenizer is None:
+            return progress.stop_text
+        spoken = outputs.spoken_ids(
+            output_ids, progress.finish_reason, no_stop_trim=self._request.sampling.no_stop_trim
+        )
+        self._detokenizer.add(spoken[self._num_fed :])
+        self._num_fed = len(spoken)
+        is_end = progress.finish_reason is not None
+        return self._detokenizer.finish() if is_end else self._detokenizer.text
+
+
+def _detokenizer(tokenizer: Any, request: Request) -> Detokenizer:
+    skips = request.sampling.skip_special_tokens
+    return Detokenizer(tokenizer, request.prompt_ids, skip_special_tokens=skips)

@@ -1,0 +1,206 @@
+"""The device: parameters, KV pool and request state, and the compiled steps over them.
+
+`submit` turns a plan into one upload and one launch and returns at once; `collect` waits for its
+tokens. It knows slots, pages and sizes, and nothing of queues, text or users.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxengine import programs
+from jaxengine.compiling import Bucket
+from jaxengine.memory import num_bytes
+from jaxengine.programs import RequestState, RowInputs
+from jaxengine.request import Request
+from jaxengine.sampling import empty_state, pack
+from jaxengine.scheduler import StepPlan
+
+INSTALL = "install"  # key of the one program that is not a step
+
+
+class StepPrograms:
+    """What there is to compile for a model: every lowering, over shapes alone."""
+
+    def __init__(
+        self,
+        graphdef: Any,
+        params: Any,  # tree of arrays or shapes, with shardings
+        *,
+        num_layers: int,
+        page_shape: tuple[int, int, int],  # kv heads, page size, head size
+        cache_dtype: Any,
+        num_slots: int,
+        context_length: int,
+        num_stop_ids: int,
+        num_bias: int,
+        device: Any,
+    ):
+        self.device = device
+        self.params, self._params_tree = jax.tree.flatten(params)
+        self._graphdef = graphdef
+        self._num_layers = num_layers
+        self._page_shape = page_shape
+        self._cache_dtype = cache_dtype
+        self._make_state = lambda: RequestState(
+            *programs.empty_tables(num_slots, context_length, page_shape[1]),
+            sampling=empty_state(num_slots + 1, num_stop_ids, num_bias),
+        )
+        self._num_stop_ids, self._num_bias = num_stop_ids, num_bias
+
+    @property
+    def num_sampling_fields(self) -> int:
+        """Length of a packed row of sampling parameters."""
+        state = self.state_shapes.sampling
+        return sum(leaf.size // leaf.shape[0] for leaf in state)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return num_bytes(self.cache_shapes(0))
+
+    @property
+    def state_shapes(self) -> RequestState:
+        return self._placed(jax.eval_shape(self._make_state))
+
+    def cache_shapes(self, num_pages: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        kv_heads, page_size, head_size = self._page_shape
+        shape = (num_pages + 1, 2, kv_heads, page_size, head_size)  # and page 0, which nobody owns
+        return self._placed((jax.ShapeDtypeStruct(shape, self._cache_dtype),) * self._num_layers)
+
+    def make_buffers(self, num_pages: int) -> tuple[tuple[jax.Array, ...], RequestState]:
+        """The zeroed pool and an empty request state, on the device."""
+        with jax.default_device(self.device):
+            shapes = self.cache_shapes(num_pages)
+            zeros = jax.jit(lambda: tuple(jax.numpy.zeros(s.shape, s.dtype) for s in shapes))
+            return zeros(), jax.jit(self._make_state)()
+
+    def pack_sampling(self, request: Request) -> np.ndarray:
+        return pack(
+            request.sampling,
+            prompt_len=len(request.prompt_ids),
+            seed=request.seed,
+            stop_ids=request.stop_token_ids,
+            num_stop_ids=self._num_stop_ids,
+            num_bias=self._num_bias,
+        )
+
+    def lower_step(self, bucket: Bucket, num_pages: int) -> Any:
+        rows = self._placed(
+            jax.ShapeDtypeStruct((bucket.num_rows, programs.NUM_ROW_FIELDS), np.int32)
+        )
+        state = self.state_shapes
+        step = partial(self._step, num_tokens=bucket.num_tokens)
+        step.__name__ = f"step_{bucket.num_tokens}x{bucket.num_rows}"  # type: ignore[attr-defined]
+        shapes = self._placed(tuple(self.params))
+        return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
+            shapes,
+            self.cache_shapes(num_pages),
+            state.tokens,
+            state.page_table,
+            state.sampling,
+            rows,
+        )
+
+    def lower_install(self) -> Any:
+        state = self.state_shapes
+        num_fields = (
+            1 + self.num_sampling_fields + state.page_table.shape[1] + state.tokens.shape[1]
+        )
+        packed = self._placed(jax.ShapeDtypeStruct((num_fields,), np.int32))
+        install = partial(programs.install, num_sampling_fields=self.num_sampling_fields)
+        return jax.jit(install, donate_argnums=0).lower(state, packed)
+
+    def _step(self, params, cache, tokens, page_table, sampling, rows, *, num_tokens):
+        model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
+        state = RequestState(tokens, page_table, sampling)
+        cache, state, drawn = programs.step(model, cache, state, rows, num_tokens=num_tokens)
+        # Sampling parameters only change when a request is installed: they are read here, not
+        # donated.
+        return cache, state.tokens, state.page_table, drawn
+
+    def _placed(self, shapes: Any) -> Any:
+        sharding = jax.sharding.SingleDeviceSharding(self.device)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+        )
+
+
+class Runner:
+    """The compiled programs with the arrays they run on."""
+
+    def __init__(self, steps: StepPrograms, executables: Mapping[Any, Any], num_pages: int):
+        self._params = tuple(steps.params)
+        self._install = executables[INSTALL]
+        self._steps: dict[Bucket, Any] = {
+            key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
+        }
+        self._num_sampling_fields = steps.num_sampling_fields
+        self._pack_sampling = steps.pack_sampling
+        self._cache, self._state = steps.make_buffers(num_pages)
+        self._num_slots = self._state.tokens.shape[0] - 1
+        self._warm_up()
+
+    def submit(self, plan: StepPlan) -> jax.Array:
+        """Starts a step; its drawn tokens are on their way to the host when `collect` asks for
+        them."""
+        for request in plan.admitted:
+            self._admit(request)
+        bucket = next(
+            bucket
+            for bucket in self._steps
+            if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
+        )
+        packed = self._padding_rows(bucket.num_rows)
+        for index, row in enumerate(plan.rows):
+            packed[index] = row.slot, row.start, row.query_len, row.new_page, row.samples
+        drawn = self._run(bucket, packed)
+        drawn.copy_to_host_async()
+        return drawn
+
+    def collect(self, drawn: jax.Array) -> list[int]:
+        """The tokens of a submitted step, one for each bucket row; -1 for logits that are not
+        finite."""
+        return np.asarray(drawn).tolist()
+
+    def close(self) -> None:
+        """Gives the device memory back."""
+        for leaf in jax.tree.leaves((self._params, self._cache, self._state)):
+            if not leaf.is_deleted():
+                leaf.delete()
+
+    def _run(self, bucket: Bucket, packed: np.ndarray) -> jax.Array:
+        state = self._state
+        self._cache, tokens, page_table, drawn = self._steps[bucket](
+            self._params, self._cache, state.tokens, state.page_table, state.sampling, packed
+        )
+        self._state = RequestState(tokens, page_table, state.sampling)
+        return drawn
+
+    def _admit(self, request: Request) -> None:
+        tokens = request.token_ids
+        table_start = 1 + self._num_sampling_fields
+        packed = np.zeros(
+            table_start + self._state.page_table.shape[1] + self._state.tokens.shape[1], np.int32
+        )
+        packed[0] = request.slot
+        packed[1:table_start] = self._pack_sampling(request)
+        packed[table_start : table_start + len(request.pages)] = request.pages
+        history_start = table_start + self._state.page_table.shape[1]
+        packed[history_start : history_start + len(tokens)] = tokens
+        self._state = self._install(self._state, packed)
+
+    def _padding_rows(self, num_rows: int) -> np.ndarray:
+        packed = np.zeros((num_rows, programs.NUM_ROW_FIELDS), np.int32)
+        packed[:, RowInputs._fields.index("slots")] = self._num_slots
+        return packed
+
+    def _warm_up(self) -> None:
+        """Runs every step once on padding alone: libraries and graphs are set up before the first
+        request."""
+        for bucket in self._steps:
+            self._run(bucket, self._padding_rows(bucket.num_rows)).block_until_ready()

@@ -1,0 +1,313 @@
+"""Which rows run how many tokens in the next step, and on which pages. Host only: no arrays.
+
+One rule serves everything: a running request has some pending tokens (known, or drawn but not yet
+seen), and a step computes as many of them as the budget allows. Decoding is a row with one pending
+token; a prompt, a chunk of one, the rest behind a prefix hit and the rebuilding of a retracted
+request are rows with more.
+
+The device runs steps in order. So what one step writes the next may read, pages and slots of a
+request that ended may be reused at once though a step of it is in flight, and pages may be shared
+by rows of the very step that writes them: each layer writes the K and V of all rows before it reads.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxengine.pages import PagePool
+from jaxengine.prefix_tree import Node, PrefixTree
+from jaxengine.request import Request, Status
+from jaxengine.waiting import WaitingQueue
+
+# Share of the output it is allowed that a request is expected to need: where the guess begins, how
+# it falls each step and how low, how a retraction raises it, and the output it is applied to at most.
+GROWTH_START, GROWTH_DECAY, GROWTH_FLOOR, GROWTH_RAISE = 0.7, 0.998, 0.1, 0.1
+GROWTH_MAX_TOKENS = 4096
+
+
+class Row(NamedTuple):
+    """`query_len` tokens of a request, from position `start`."""
+
+    request: Request
+    slot: int
+    start: int
+    query_len: int
+    new_page: int  # page that begins at the row's first token and is not in its table; 0 for none
+    samples: bool  # whether the row ends with the last token so far, so that the next one is drawn
+
+
+class StepPlan(NamedTuple):
+    rows: tuple[Row, ...]
+    admitted: tuple[Request, ...]  # to be installed on the device before the step
+    num_tokens: int
+
+
+class Scheduler:
+    """Queue, slots and pages of all unfinished requests."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_running_requests: int,
+        chunk_size: int,
+        can_chunk: bool = True,
+        mixes_decode: bool = True,
+        policy: str = "fcfs",
+        uses_priority: bool = False,
+        low_priority_first: bool = False,
+        shares_prefixes: bool = True,
+        conservativeness: float = 1.0,
+        random_seed: int = 0,
+    ):
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self.tree = PrefixTree(page_size)
+        self.shares_prefixes = shares_prefixes
+        self.running: list[Request] = []
+        self._waiting = WaitingQueue(policy, uses_priority, low_priority_first, random_seed)
+        self._free_slots = list(range(max_running_requests - 1, -1, -1))
+        self._max_running = max_running_requests
+        self._chunk_size = chunk_size
+        self._can_chunk = can_chunk
+        self._mixes_decode = mixes_decode
+        self._growth = min(1.0, GROWTH_START * conservativeness)
+        self._growth_floor = min(1.0, GROWTH_FLOOR * conservativeness)
+
+    # Queue
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.num_waiting
+
+    def add(self, request: Request) -> None:
+        """Queues a new request; ValueError if the pool could not hold it even alone."""
+        num_pages = self._num_pages(request.num_to_compute)
+        if num_pages > self.pool.num_pages:
+            raise ValueError(
+                f"request {request.rid} needs {num_pages} pages of the KV pool, which has "
+                f"{self.pool.num_pages}; shorten it or raise max_total_tokens"
+            )
+        self._waiting.add(request)
+
+    def finish(self, request: Request, reason: dict[str, Any], keeps_prefix: bool = True) -> None:
+        """Ends a request wherever it stands. Its full pages stay in the prefix tree as a cache,
+        unless what they hold is not to be trusted."""
+        if request.status is Status.RUNNING:
+            self._release(request, keeps_prefix)
+        elif request.status is Status.WAITING:
+            self._waiting.drop()
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+
+    def flush_cache(self) -> bool:
+        """Forgets every cached prefix; refused while a request runs or waits."""
+        if not self.is_idle:
+            return False
+        self.pool.free(self.tree.evict(self.tree.num_evictable))
+        return True
+
+    # One step
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute before a result arrives."""
+        runnable = [request for request in self.running if request.can_run]
+        has_retracted = self._retract_for_growth(runnable)
+        decoding: list[Request] = []
+        reading: list[Request] = []
+        for request in runnable:
+            (decoding if request.num_pending == 1 else reading).append(request)
+        rows: list[Row] = []
+        if self._mixes_decode:
+            self._decode(rows, decoding)
+        budget = self._read(rows, reading, self._chunk_size - len(rows))
+        admitted = [] if has_retracted else self._admit(rows, budget)
+        if not rows:
+            self._decode(rows, decoding)
+        if not rows:
+            return None
+        self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY)
+        return StepPlan(tuple(rows), tuple(admitted), sum(row.query_len for row in rows))
+
+    def collect(self, row: Row, token: int) -> bool:
+        """Books a drawn token; False if the request ended before its step did."""
+        if row.request.status is Status.FINISHED:
+            return False
+        row.request.output_ids.append(token)
+        return True
+
+    def _decode(self, rows: list[Row], requests: Sequence[Request]) -> None:
+        rows.extend(self._row(request, 1) for request in requests[: self._chunk_size])
+
+    def _read(self, rows: list[Row], requests: Sequence[Request], budget: int) -> int:
+        """Adds rows of prompts that are being read; returns what is left of `budget` tokens."""
+        for request in requests:
+            if budget:
+                rows.append(self._row(request, min(request.num_pending, budget)))
+                budget -= rows[-1].query_len
+                self._share_pages(request)
+        return budget
+
+    def _row(self, request: Request, query_len: int) -> Row:
+        """The next `query_len` tokens of a request; from here on they count as computed."""
+        start, new_page = request.num_computed, 0
+        end = request.num_computed = start + query_len
+        if start == len(request.pages) * self.page_size:
+            [new_page] = self._allocate(1)
+            request.pages.append(new_page)
+        samples = end == request.length and request.max_new_tokens > 0
+        if samples:
+            request.length += 1
+        return Row(request, request.slot, start, query_len, new_page, samples)
+
+    # Admission
+
+    def _admit(self, rows: list[Row], budget: int) -> list[Request]:
+        """Starts waiting requests in the queue's order while tokens, slots and pages last."""
+        admitted: list[Request] = []
+        if not self.num_waiting or not self._free_slots:
+            return admitted
+        reserve = sum(map(self._expected_pages, self.running))
+        has_room = not self.running or reserve < self._num_available
+        while has_room and budget and (window := self._waiting.take(self._num_shared)):
+            for request in window:
+                has_room = has_room and self._start(request, budget, reserve)
+                if has_room:
+                    admitted.append(request)
+                    budget = self._read(rows, [request], budget)
+                    reserve += self._expected_pages(request)
+                else:
+                    self._waiting.put_back(request)
+        return admitted
+
+    def _start(self, request: Request, budget: int, reserve: float) -> bool:
+        """Gives a waiting request slot and pages, or returns False where it has to wait on."""
+        if not budget or not self._free_slots or request.in_flight:
+            return False
+        path = self._match(request)
+        if not self._fits(request, path, budget, reserve):
+            return False
+        self.tree.lock(path)
+        new_pages = self._allocate(self._num_pages(request.length) - len(path))
+        request.path = path
+        request.pages = [node.page for node in path] + new_pages
+        request.num_computed = len(path) * self.page_size
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+        request.slot = self._free_slots.pop()
+        request.status = Status.RUNNING
+        self.running.append(request)
+        return True
+
+    def _fits(self, request: Request, path: Sequence[Node], budget: int, reserve: float) -> bool:
+        num_new = request.length - len(path) * self.page_size
+        if not self._can_chunk and budget < num_new <= self._chunk_size:
+            return False  # some later step has room for all of it
+        needed: float = self._num_pages(request.length) - len(path)
+        if self.running:  # alone it has the whole pool
+            needed += reserve + self._expected_pages(request)
+        return needed <= self._num_available - sum(node.num_locks == 0 for node in path)
+
+    def _expected_pages(self, request: Request) -> float:
+        """Pages a request will yet ask for, by guess: some share of the output it is allowed."""
+        num_tokens = min(request.num_to_compute - request.length, GROWTH_MAX_TOKENS)
+        return self._growth * max(num_tokens, 0) / self.page_size
+
+    def _match(self, request: Request) -> list[Node]:
+        if not self.shares_prefixes:
+            return []
+        tokens = request.token_ids
+        return self.tree.match(tokens, len(tokens) - 1)  # one token is left to draw from
+
+    def _num_shared(self, request: Request) -> int:
+        return len(self._match(request))
+
+    # Pages
+
+    @property
+    def _num_available(self) -> int:
+        return self.pool.num_free + self.tree.num_evictable
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def _needs_page(self, request: Request) -> bool:
+        return request.num_computed == len(request.pages) * self.page_size
+
+    def _allocate(self, count: int) -> list[int]:
+        missing = count - self.pool.num_free
+        if missing > 0:
+            self.pool.free(self.tree.evict(missing))
+        return self.pool.allocate(count)
+
+    def _retract_for_growth(self, runnable: list[Request]) -> bool:
+        """Sends back the last comers of `runnable` until all others can have the page they need.
+
+        The first in the queue's order is never sent back, so it ends, and one after another all do.
+        Alone it may wait a step for those that have drawn their last token, no longer: all pages
+        but its own are then free or evictable (`PrefixTree.insert` keeps it so).
+        """
+        has_retracted = False
+        if len(runnable) <= self._num_available:
+            return has_retracted
+        num_needed = sum(map(self._needs_page, runnable))
+        while num_needed > self._num_available:
+            last = max(runnable, key=lambda request: request.order)
+            runnable.remove(last)
+            num_needed -= self._needs_page(last)
+            if runnable:
+                self._retract(last)
+                has_retracted = True
+        return has_retracted
+
+    def _retract(self, request: Request) -> None:
+        self._release(request)
+        request.num_computed = 0
+        request.num_retractions += 1
+        request.status = Status.WAITING
+        self._waiting.put_back(request)
+        self._growth = min(1.0, self._growth + GROWTH_RAISE)
+
+    def _share_pages(self, request: Request, has_ended: bool = False) -> None:
+        """Puts the full pages so far into the prefix tree, where the host knows their tokens."""
+        if self.shares_prefixes:
+            end = min(request.num_computed, request.num_tokens)
+            self.tree.insert(
+                request.path,
+                request.token_ids,
+                request.pages,
+                end,
+                passes_duplicates=has_ended,
+            )
+
+    def _release(self, request: Request, keeps_prefix: bool = True) -> None:
+        """Takes slot and pages from a running request; pages in the tree stay there, unlocked."""
+        if keeps_prefix:
+            self._share_pages(request, has_ended=True)
+        in_tree = {node.page for node in request.path}
+        self.pool.free(page for page in request.pages if page not in in_tree)
+        self.tree.unlock(request.path)
+        if not keeps_prefix:
+            self.pool.free(self.tree.forget(request.path))
+        self._free_slots.append(request.slot)
+        request.slot, request.pages, request.path = -1, [], []
+        self.running.remove(request)
+
+    def check_integrity(self) -> None:
+        """Raises unless every page and slot has exactly one owner, the locks of the prefix tree
+        are those of the running requests, and each of these has pages for its tokens."""
+        private = [page for r in self.running for page in r.pages[len(r.path) :]]
+        self.pool.check_integrity(private + [node.page for node in self.tree.nodes()])
+        self.tree.check_integrity([request.path for request in self.running])
+        slots = sorted(self._free_slots + [request.slot for request in self.running])
+        if slots != list(range(self._max_running)):
+            raise RuntimeError(f"slots corrupt: {slots}")
+        for request in self.running:
+            shared = [node.page for node in request.path]
+            has_enough = len(request.pages) >= self._num_pages(request.num_computed)
+            if request.pages[: len(shared)] != shared or not has_enough:
+                raise RuntimeError(f"pages of request {request.rid} corrupt: {request.pages}")

@@ -1,0 +1,341 @@
+"""From arguments to a running loop: find the model, load it, size the memory, compile, start the
+thread.
+
+It is the one place where all the parts are put together; what each of them does is told elsewhere.
+"""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxengine import models, weights
+from jaxengine.admission import Limits
+from jaxengine.compiling import CompileCounter, compile_all
+from jaxengine.config import configure_jax
+from jaxengine.hub import read_json, resolve_model
+from jaxengine.loop import Loop
+from jaxengine.memory import Demand, device_bytes, num_bytes, num_pages_that_fit, step_bytes
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.shapes import SHAPES
+from jaxengine.results import OutputOptions
+from jaxengine.runner import INSTALL, Runner, StepPrograms
+from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxengine.scheduler import Scheduler
+from jaxengine.server_args import ServerArgs
+from jaxengine.sizing import Sizes, choose_sizes
+from jaxengine.tokenizer import eos_token_ids, load_tokenizer
+from jaxengine.watchdog import Watchdog
+
+MAX_COMPILE_THREADS = 16
+ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
+CACHED_DTYPES = {"half": "float16", "float": "float32"}
+
+logger = logging.getLogger("jaxengine")
+
+
+@dataclass(kw_only=True)
+class Started:
+    """The parts of a running engine."""
+
+    args: ServerArgs
+    loop: Loop
+    tokenizer: Any
+    limits: Limits
+    sizes: Sizes
+    random_seed: int
+    model_config: ModelConfig
+    device: Any
+    demand: Demand
+    num_pages: int
+    page_bytes: int
+    compile_counter: CompileCounter
+    seconds: dict[str, float] = field(default_factory=dict)  # phase of the start -> duration
+
+    def output_options(self, is_stream: bool) -> OutputOptions:
+        args = self.args
+        return OutputOptions(
+            weight_version=args.weight_version,
+            ids_are_deltas=is_stream and (args.stream_output or args.incremental_streaming_output),
+            text_is_delta=is_stream and args.incremental_streaming_output,
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What `Engine.get_server_info` returns."""
+        return {
+            **asdict(self.args),
+            "status": "ready" if self.loop.is_alive else "stopped",
+            "version": _version(),
+            "device": str(self.device),
+            "random_seed": self.random_seed,
+            "context_length": self.sizes.context_length,
+            "max_running_requests": self.sizes.max_running_requests,
+            "chunked_prefill_size": self.sizes.chunk_size if self.sizes.can_chunk else -1,
+            "max_total_num_tokens": self.limits.pool_tokens,
+            "max_req_input_len": self.limits.max_tokens - 1,
+            "startup_time": dict(self.seconds),
+            "compiled_steps": [tuple(bucket) for bucket in self.sizes.buckets],
+            "num_compilations_since_start": self.compile_counter.count,
+            "num_steps": self.loop.num_steps,
+            "internal_states": [
+                {
+                    "last_gen_throughput": self.loop.throughput,
+                    "num_running": len(self.loop.scheduler.running),
+                    "num_waiting": self.loop.scheduler.num_waiting,
+                    "effective_max_running_requests_per_dp": self.sizes.max_running_requests,
+                    "memory_usage": {  # GiB, but for the capacity
+                        "weight": self.demand.weights / 2**30,
+                        "kvcache": self.num_pages * self.page_bytes / 2**30,
+                        "graph": self.demand.steps / 2**30,
+                        "token_capacity": self.limits.pool_tokens,
+                    },
+                }
+            ],
+        }
+
+
+def start(args: ServerArgs) -> Started:
+    """A loop that is running and has nothing left to compile.
+
+    Raises:
+        ValueError: a model, tokenizer, device or size that cannot be had, with the reason.
+    """
+    logger.setLevel(args.log_level.upper())
+    configure_jax()
+    seconds: dict[str, float] = {}
+    device = _device(args.device)
+    is_cpu = device.platform == "cpu"
+    with _phase("tokenizer", seconds):
+        folder, config_dict = _model_files(args)
+        model_config = ModelConfig.from_dict(config_dict | args.model_overrides)
+        tokenizer = _tokenizer(args, folder)
+        eos_ids = _eos_ids(folder, config_dict, tokenizer)
+    sizes = choose_sizes(
+        args,
+        max_position=model_config.max_position,
+        device_bytes=device_bytes(device),
+        is_cpu=is_cpu,
+    )
+    with _phase("weights", seconds), jax.default_device(device):
+        dtype = _dtype(args.dtype, model_config.dtype, is_cpu)
+        graphdef, params = _load(args, folder, model_config, dtype)
+    programs = StepPrograms(
+        graphdef,
+        params,
+        num_layers=model_config.num_layers,
+        page_shape=(model_config.num_kv_heads, args.page_size, model_config.head_size),
+        # On CPUs XLA may widen the whole 16-bit pool for every write into it.
+        cache_dtype="float32" if is_cpu else dtype,
+        num_slots=sizes.max_running_requests,
+        context_length=sizes.context_length,
+        num_stop_ids=MAX_STOP_TOKEN_IDS + len(eos_ids),
+        num_bias=MAX_LOGIT_BIAS,
+        device=device,
+    )
+    with _phase("compile", seconds), _exact_float32(dtype):
+        num_pages, executables = _compile(args, programs, sizes)
+    with _phase("warm up", seconds):
+        runner = Runner(programs, executables, num_pages)
+    demand = _demand(programs, executables)
+    random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
+    counter = CompileCounter()
+    scheduler = _scheduler(args, sizes, num_pages, model_config, random_seed)
+    loop = Loop(
+        scheduler,
+        runner,
+        overlaps=not args.disable_overlap_schedule,
+        max_queued_requests=args.max_queued_requests,
+        on_start=counter.start,
+        on_end=counter.close,
+    )
+    loop.start()
+    Watchdog(loop, args.watchdog_timeout).start()
+    logger.info("ready: %s", ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()))
+    return Started(
+        args=args,
+        loop=loop,
+        tokenizer=tokenizer,
+        limits=Limits(
+            vocab_size=model_config.vocab_size,
+            context_length=sizes.context_length,
+            pool_tokens=num_pages * args.page_size,
+            eos_token_ids=eos_ids,
+            truncates=args.allow_auto_truncate,
+        ),
+        sizes=sizes,
+        random_seed=random_seed,
+        model_config=model_config,
+        device=device,
+        demand=demand,
+        num_pages=num_pages,
+        page_bytes=programs.page_bytes,
+        compile_counter=counter,
+        seconds=seconds,
+    )
+
+
+def _scheduler(
+    args: ServerArgs, sizes: Sizes, num_pages: int, model_config: ModelConfig, random_seed: int
+) -> Scheduler:
+    # With `dynamic` rope a key depends on the length of its own prompt: no other prompt may read
+    # it.
+    can_share = model_config.rope.type != "dynamic"
+    return Scheduler(
+        num_pages=num_pages,
+        page_size=args.page_size,
+        max_running_requests=sizes.max_running_requests,
+        chunk_size=sizes.chunk_size,
+        can_chunk=sizes.can_chunk,
+        mixes_decode=args.enable_mixed_chunk,
+        policy=args.schedule_policy,
+        uses_priority=args.enable_priority_scheduling or args.schedule_policy == "priority",
+        low_priority_first=args.schedule_low_priority_values_first,
+        shares_prefixes=can_share and not args.disable_radix_cache,
+        conservativeness=args.schedule_conservativeness,
+        random_seed=random_seed,
+    )
+
+
+def _device(kind: str | None) -> Any:
+    if kind is None:
+        return jax.devices()[0]
+    try:
+        return jax.devices("cpu" if kind == "cpu" else "gpu")[0]
+    except RuntimeError as error:
+        raise ValueError(
+            f"device: there is no {kind} device that JAX can use ({error}); install the extra "
+            "cuda13 or cuda12, or leave device out"
+        ) from error
+
+
+def _model_files(args: ServerArgs) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint's folder and config; no folder for a built-in shape with dummy weights."""
+    name = args.model_path
+    if args.load_format == "dummy" and name in SHAPES and not Path(name).exists():
+        return None, SHAPES[name]
+    folder = resolve_model(name, revision=args.revision, download_dir=args.download_dir)
+    return folder, read_json(folder / "config.json")
+
+
+def _tokenizer(args: ServerArgs, folder: Path | None) -> Any:
+    if args.skip_tokenizer_init:
+        return None
+    path = args.tokenizer_path or folder
+    if path is None:
+        raise ValueError(
+            f"tokenizer_path: {args.model_path!r} is a built-in shape without a tokenizer; pass "
+            "one, or skip_tokenizer_init=True to give and get token ids"
+        )
+    return load_tokenizer(path, revision=args.revision, download_dir=args.download_dir)
+
+
+def _eos_ids(folder: Path | None, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
+    path = folder / "generation_config.json" if folder is not None else None
+    generation = read_json(path) if path is not None and path.is_file() else None
+    return eos_token_ids(config, generation, tokenizer)
+
+
+def _dtype(asked: str, of_checkpoint: str, is_cpu: bool) -> str:
+    if asked != "auto":
+        return CACHED_DTYPES.get(asked, asked)
+    # CPUs compute 16-bit types by way of float32: converting once is faster and no less exact.
+    return "float32" if is_cpu else of_checkpoint
+
+
+def _load(
+    args: ServerArgs, folder: Path | None, config: ModelConfig, dtype: str
+) -> tuple[nnx.GraphDef, nnx.State]:
+    abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype))
+    if args.load_format == "dummy" or folder is None:
+        params = weights.dummy_parameters(abstract, seed=args.random_seed or 0)
+    else:
+        params = weights.load_parameters(
+            folder,
+            abstract,
+            models.checkpoint_pieces(config),
+            is_ignorable=lambda name: models.is_ignorable(name, config),
+            progress=args.show_progress,
+        )
+    return nnx.graphdef(abstract), params
+
+
+def _compile(args: ServerArgs, programs: StepPrograms, sizes: Sizes) -> tuple[int, dict[Any, Any]]:
+    """The pool's size and all executables for it."""
+    num_pages = _num_pages(args, programs, sizes)
+    tasks: dict[Any, Any] = {
+        bucket: lambda bucket=bucket: programs.lower_step(bucket, num_pages)
+        for bucket in reversed(sizes.buckets)  # the slowest first
+    }
+    tasks[INSTALL] = programs.lower_install
+    num_threads = min(os.cpu_count() or 1, MAX_COMPILE_THREADS)
+    shows_progress = args.show_progress
+    return num_pages, compile_all(tasks, num_threads=num_threads, shows_progress=shows_progress)
+
+
+def _num_pages(args: ServerArgs, programs: StepPrograms, sizes: Sizes) -> int:
+    """The size asked for; else what fits beside the largest step, as far as it can be of use."""
+    if args.max_total_tokens is not None:
+        return args.max_total_tokens // args.page_size
+    contexts = sizes.max_running_requests * ENOUGH_CONTEXTS
+    useful = contexts * -(-sizes.context_length // args.page_size)
+    state = num_bytes(programs.state_shapes)
+    demand = Demand(num_bytes(programs.params), state, steps=0)
+    fits = num_pages_that_fit(
+        programs.device,
+        demand,
+        programs.page_bytes,
+        mem_fraction_static=args.mem_fraction_static,
+    )
+    if useful * 2 <= fits:
+        return useful
+    # The temporaries of a step do not depend on the pool's size, so any size tells them.
+    largest = max(sizes.buckets), max(sizes.buckets, key=lambda bucket: bucket.num_rows)
+    steps = max(
+        step_bytes(programs.lower_step(bucket, num_pages=fits // 2).compile())
+        for bucket in set(largest)
+    )
+    return min(
+        useful,
+        num_pages_that_fit(
+            programs.device,
+            demand._replace(steps=steps),
+            programs.page_bytes,
+            mem_fraction_static=args.mem_fraction_static,
+        ),
+    )
+
+
+def _demand(programs: StepPrograms, executables: dict[Any, Any]) -> Demand:
+    return Demand(
+        weights=num_bytes(programs.params),
+        state=num_bytes(programs.state_shapes),
+        steps=max(map(step_bytes, executables.values())),
+    )
+
+
+@contextmanager
+def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def _exact_float32(dtype: str) -> Any:
+    """GPUs multiply float32 in a shorter type by default; who asks for float32 wants it."""
+    return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
+
+
+def _version() -> str:
+    try:
+        return version("jaxengine")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"

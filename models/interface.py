@@ -1,0 +1,81 @@
+"""What the engine and a model family say to each other: a batch of ragged tokens, the paged KV
+cache, the two calls a model answers, and what fills its parameters. It knows no requests.
+
+Dimensions, here and everywhere: `B` rows, `T` query tokens (flat over rows), `S` key/value tokens,
+`D` model, `N` query heads, `K` kv heads, `G`=N/K, `H` head size, `F` mlp, `V` vocabulary,
+`L` layers, `P` page-table entries per row.
+"""
+
+from types import EllipsisType
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+LayerCache = Float[Array, "pages 2 K page_size H"]
+"""Keys ([:, 0]) and values ([:, 1]) of one layer. Page 0 belongs to nobody: unused page-table
+entries point at it, and nothing that is read from it survives a length mask."""
+
+KVCache = tuple[LayerCache, ...]
+"""One `LayerCache` per layer; donated to each step and returned by it."""
+
+
+class Batch(NamedTuple):
+    """The query tokens of one step: `T` tokens of `B` rows, flat, row after row, padding last.
+
+    A row is one sequence. Its query tokens are the last `query_lens` of its `kv_lens` tokens.
+    """
+
+    tokens: Int[Array, " T"]
+    positions: Int[Array, " T"]  # place of the token in its sequence, from 0
+    rows: Int[Array, " T"]  # row of the token; B for padding
+    query_starts: Int[Array, " B"]  # index in T of the row's first query token
+    query_lens: Int[Array, " B"]  # 0 for a padding row
+    kv_lens: Int[Array, " B"]  # length of the sequence, this step's tokens included
+    prompt_lens: Int[Array, " B"]  # length of the prompt: `dynamic` rope scaling depends on it
+    page_table: Int[Array, "B P"]  # page ids in order of position; 0 where there is none
+
+
+class Model(Protocol):
+    """A decoder. `cache=None` attends within the batch alone (training, tests, the naive loop)."""
+
+    def __call__(
+        self, batch: Batch, cache: KVCache | None
+    ) -> tuple[Float[Array, "T D"], KVCache | None]:
+        """Final-normed hidden states of every token, and the cache with their K and V written."""
+        ...
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Float32 next-token logits."""
+        ...
+
+
+class Piece(NamedTuple):
+    """A checkpoint tensor that fills `parameter[index]`, reshaped to the shape of that part."""
+
+    name: str
+    index: int | EllipsisType | tuple[int | slice, ...] = ...
+
+
+def rows_of(query_lens: Int[Array, " B"], num_tokens: int) -> Int[Array, " T"]:
+    """Row of each of `num_tokens` flat tokens; `B` for those past the last row."""
+    ends = jnp.cumsum(query_lens)
+    tokens = jnp.arange(num_tokens, dtype=ends.dtype)
+    # All at once: the default, a binary search, would be a loop.
+    rows = jnp.searchsorted(ends, tokens, side="right", method="compare_all")
+    return rows.astype(jnp.int32)
+
+
+def dense_batch(tokens: Int[Array, " T"]) -> Batch:
+    """One row holding one whole sequence, without a cache: the form of training and of tests."""
+    length = jnp.full(1, tokens.shape[0], jnp.int32)
+    return Batch(
+        tokens=tokens,
+        positions=jnp.arange(tokens.shape[0], dtype=jnp.int32),
+        rows=jnp.zeros(tokens.shape[0], jnp.int32),
+        query_starts=jnp.zeros(1, jnp.int32),
+        query_lens=length,
+        kv_lens=length,
+        prompt_lens=length,
+        page_table=jnp.zeros((1, 0), jnp.int32),
+    )

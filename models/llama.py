@@ -1,0 +1,174 @@
+"""Llama: the dense decoder, and the file to read first; the other families are variations of it.
+It knows what a layer computes, not how attention finds its keys or who loads the weights.
+
+Source: Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+from jaxengine.models.attention import attend
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.interface import Batch, KVCache, LayerCache, Piece
+from jaxengine.models.layers import Parameters, linear, rms_norm
+from jaxengine.models.rope import Rotation, rotate, rotation
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. `qkv` holds, for each kv head, its G query heads, then k, then v."""
+
+    def __init__(self, config: ModelConfig, window: int | None, new: Parameters):
+        K, G, H, D = config.num_kv_heads, config.group_size, config.head_size, config.hidden_size
+        self.window = window
+        self.qkv = new.weight(kv_heads=K, qkv=G + 2, head=H, embed=D)
+        self.qkv_bias = new.bias(kv_heads=K, qkv=G + 2, head=H) if config.attention_bias else None
+        self.out = new.weight(embed=D, heads=K * G, head=H)
+        self.out_bias = new.bias(embed=D) if config.output_bias else None
+
+    def project(
+        self, x: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+        """Queries, keys and values, before rotation."""
+        qkv = linear("td,kghd->tkgh", x, self.qkv, self.qkv_bias)
+        q = qkv[:, :, :-2].reshape(x.shape[0], -1, qkv.shape[-1])
+        return q, qkv[:, :, -2], qkv[:, :, -1]
+
+    def __call__(
+        self, x: Float[Array, "T D"], by: Rotation, cache: LayerCache | None, batch: Batch
+    ) -> tuple[Float[Array, "T D"], LayerCache | None]:
+        q, k, v = self.project(x)
+        scale = q.shape[-1] ** -0.5
+        out, cache = attend(
+            rotate(q, by), rotate(k, by), v, cache, batch, scale=scale, window=self.window
+        )
+        return linear("tnh,dnh->td", out, self.out, self.out_bias), cache
+
+
+class MLP(nnx.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, new: Parameters):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_up = new.weight(gate_up=2, mlp=F, embed=D)
+        self.gate_up_bias = new.bias(gate_up=2, mlp=F) if config.mlp_bias else None
+        self.down = new.weight(embed=D, mlp=F)
+        self.down_bias = new.bias(embed=D) if config.mlp_bias else None
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        gate_up = linear("td,cfd->tcf", x, self.gate_up, self.gate_up_bias)
+        hidden = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
+        return linear("tf,df->td", hidden, self.down, self.down_bias)
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each on the normed stream and added to it."""
+
+    def __init__(self, config: ModelConfig, attention: Attention, new: Parameters):
+        self.eps = config.rms_norm_eps
+        self.input_layernorm = new.scale(embed=config.hidden_size)
+        self.attention = attention
+        self.post_attention_layernorm = new.scale(embed=config.hidden_size)
+        self.mlp = MLP(config, new)
+
+    def __call__(
+        self, x: Float[Array, "T D"], by: Rotation, cache: LayerCache | None, batch: Batch
+    ) -> tuple[Float[Array, "T D"], LayerCache | None]:
+        normed = rms_norm(x, self.input_layernorm[...], eps=self.eps)
+        attended, cache = self.attention(normed, by, cache, batch)
+        x = x + attended
+        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps=self.eps)), cache
+
+
+class LlamaForCausalLM(nnx.Module):
+    """The decoder. Implements `interface.Model`."""
+
+    attention_class = Attention
+
+    def __init__(self, config: ModelConfig, new: Parameters):
+        V, D = config.vocab_size, config.hidden_size
+        self.config = config
+        self.embed_tokens = new.weight(vocab=V, embed=D)
+        self.layers = nnx.List(
+            Layer(config, self.attention_class(config, window, new), new)
+            for window in config.sliding_window
+        )
+        self.norm = new.scale(embed=D)
+        self.lm_head = None if config.tie_embeddings else new.weight(vocab=V, embed=D)
+
+    def __call__(
+        self, batch: Batch, cache: KVCache | None
+    ) -> tuple[Float[Array, "T D"], KVCache | None]:
+        # An id outside the vocabulary gives NaN, which sampling reports, instead of another token.
+        x = self.embed_tokens[...].at[batch.tokens].get(mode="fill", wrap_negative_indices=False)
+        by = rotation(batch, self.config.rope, self.config.head_size, x.dtype)
+        layer_caches = []
+        for index, layer in enumerate(self.layers):
+            x, layer_cache = _run(*nnx.split(layer), x, by, cache and cache[index], batch)
+            layer_caches.append(layer_cache)
+        x = rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
+        return x, cache and tuple(layer_caches)
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return jnp.einsum("bd,vd->bv", hidden, head[...], preferred_element_type=jnp.float32)
+
+    @classmethod
+    def checkpoint_pieces(cls, config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
+        """Path of each parameter -> the checkpoint tensors that fill it."""
+        pieces: dict[str, tuple[Piece, ...]] = {
+            "embed_tokens": (Piece("model.embed_tokens.weight"),),
+            "norm": (Piece("model.norm.weight"),),
+        }
+        if not config.tie_embeddings:
+            pieces["lm_head"] = (Piece("lm_head.weight"),)
+        for layer in range(config.num_layers):
+            for path, parts in cls.layer_pieces(config, f"model.layers.{layer}").items():
+                pieces[f"layers.{layer}.{path}"] = parts
+        return pieces
+
+    @classmethod
+    def layer_pieces(cls, config: ModelConfig, prefix: str) -> dict[str, tuple[Piece, ...]]:
+        """The same for one layer, whose tensors' names begin with `prefix`."""
+        attention, mlp, G = f"{prefix}.self_attn", f"{prefix}.mlp", config.group_size
+        qkv = (("q_proj", np.s_[:, :G]), ("k_proj", np.s_[:, G]), ("v_proj", np.s_[:, G + 1]))
+        gate_up = (("gate_proj", 0), ("up_proj", 1))
+        pieces = {
+            "input_layernorm": (Piece(f"{prefix}.input_layernorm.weight"),),
+            "attention.qkv": tuple(Piece(f"{attention}.{n}.weight", index) for n, index in qkv),
+            "attention.out": (Piece(f"{attention}.o_proj.weight"),),
+            "post_attention_layernorm": (Piece(f"{prefix}.post_attention_layernorm.weight"),),
+            "mlp.gate_up": tuple(Piece(f"{mlp}.{n}.weight", index) for n, index in gate_up),
+            "mlp.down": (Piece(f"{mlp}.down_proj.weight"),),
+        }
+        if config.attention_bias:
+            pieces["attention.qkv_bias"] = tuple(Piece(f"{attention}.{n}.bias", i) for n, i in qkv)
+        if config.output_bias:
+            pieces["attention.out_bias"] = (Piece(f"{attention}.o_proj.bias"),)
+        if config.mlp_bias:
+            pieces["mlp.gate_up_bias"] = tuple(Piece(f"{mlp}.{n}.bias", i) for n, i in gate_up)
+            pieces["mlp.down_bias"] = (Piece(f"{mlp}.down_proj.bias"),)
+        return pieces
+
+    @staticmethod
+    def is_ignorable(name: str, config: ModelConfig) -> bool:
+        """Whether a checkpoint tensor may be there without filling anything."""
+        duplicate_head = config.tie_embeddings and name == "lm_head.weight"
+        return duplicate_head or name.endswith("rotary_emb.inv_freq")
+
+
+@partial(jax.jit, static_argnums=0)
+def _run(
+    structure: nnx.GraphDef,
+    parameters: PyTree[Array],
+    x: Float[Array, "T D"],
+    by: Rotation,
+    cache: LayerCache | None,
+    batch: Batch,
+) -> tuple[Float[Array, "T D"], LayerCache | None]:
+    """One layer. Layers of equal structure are traced and lowered once, however many there are."""
+    return nnx.merge(structure, parameters)(x, by, cache, batch)

@@ -1,0 +1,41 @@
+"""Qwen3: Llama whose queries and keys are normalised head by head before they are rotated.
+
+Source: Yang et al. 2025, arXiv:2505.09388.
+"""
+
+from jaxtyping import Array, Float
+
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.interface import Piece
+from jaxengine.models.layers import Parameters, rms_norm
+from jaxengine.models.llama import Attention, LlamaForCausalLM
+
+
+class Qwen3Attention(Attention):
+    """Llama's attention with QK-norm."""
+
+    def __init__(self, config: ModelConfig, window: int | None, new: Parameters):
+        super().__init__(config, window, new)
+        self.eps = config.rms_norm_eps
+        self.q_norm = new.scale(head=config.head_size)
+        self.k_norm = new.scale(head=config.head_size)
+
+    def project(
+        self, x: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+        q, k, v = super().project(x)
+        q = rms_norm(q, self.q_norm[...], eps=self.eps)
+        return q, rms_norm(k, self.k_norm[...], eps=self.eps), v
+
+
+class Qwen3ForCausalLM(LlamaForCausalLM):
+    """Llama with QK-norm."""
+
+    attention_class = Qwen3Attention
+
+    @classmethod
+    def layer_pieces(cls, config: ModelConfig, prefix: str) -> dict[str, tuple[Piece, ...]]:
+        return super().layer_pieces(config, prefix) | {
+            "attention.q_norm": (Piece(f"{prefix}.self_attn.q_norm.weight"),),
+            "attention.k_norm": (Piece(f"{prefix}.self_attn.k_norm.weight"),),
+        }
