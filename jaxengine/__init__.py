@@ -9,6 +9,8 @@ with Engine() as engine:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from jaxengine.version import __version__
+
 if TYPE_CHECKING:
     from jaxengine.engine import Engine
     from jaxengine.sampling_params import SamplingParams
@@ -23,16 +25,19 @@ HOMES = {
     "stream_and_merge": "jaxengine.utils",
 }
 
-__all__ = ["Engine", "SamplingParams", "ServerArgs", "async_stream_and_merge", "stream_and_merge"]
+__all__ = [
+    "__version__",
+    "Engine",
+    "SamplingParams",
+    "ServerArgs",
+    "async_stream_and_merge",
+    "stream_and_merge",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Public names, imported when they are first used: `import jaxengine` alone loads nothing
     heavy."""
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("jaxengine")
     if name not in HOMES:
         raise AttributeError(f"module 'jaxengine' has no attribute {name!r}")
     return getattr(import_module(HOMES[name]), name)

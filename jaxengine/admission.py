@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from jaxengine.inputs import Entry
@@ -43,9 +44,7 @@ def make_request(
     """
     sampling = entry.sampling
     sampling.validate_for(limits.vocab_size)
-    prompt_ids = _checked_ids(
-        prompt_ids, "prompt" if entry.input_ids is None else "input_ids", limits
-    )
+    prompt_ids = _checked_ids(prompt_ids, entry, limits)
     stop_ids = frozenset(sampling.stop_token_ids or ()) | limits.eos_token_ids
     seed = sampling.sampling_seed
     return Request(
@@ -59,26 +58,35 @@ def make_request(
     )
 
 
-def _checked_ids(ids: Any, field: str, limits: Limits) -> list[int]:
-    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    if not ids:
+def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> list[int]:
+    field = "prompt" if entry.input_ids is None else "input_ids"
+    if len(ids) == 0:
         raise ValueError(f"{field}: expected at least one token, got an empty prompt")
-    for index, token in enumerate(ids):
-        if type(token) is not int or not 0 <= token < limits.vocab_size:
-            raise ValueError(
-                f"{field}: expected token ids from 0 to {limits.vocab_size - 1}, "
-                f"got {token!r} at index {index}"
-            )
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= limits.vocab_size:
+        raise ValueError(f"{field}: {_wrong_id(ids, entry, limits)}")
     if len(ids) < limits.max_tokens:
-        return ids
+        return list(ids)
     if limits.truncates:
         warnings.warn(
             f"{field}: a prompt of {len(ids)} tokens was cut to {limits.max_tokens - 1}",
             stacklevel=2,
         )
-        return ids[: limits.max_tokens - 1]
+        return list(ids[: limits.max_tokens - 1])
     raise ValueError(
         f"{field}: {len(ids)} tokens, and at least one to generate, do not fit {_limit(limits)}"
+    )
+
+
+def _wrong_id(ids: Sequence[Any], entry: Entry, limits: Limits) -> str:
+    is_wrong = lambda token: type(token) is not int or not 0 <= token < limits.vocab_size
+    index, token = next((index, token) for index, token in enumerate(ids) if is_wrong(token))
+    if entry.input_ids is None:
+        return (
+            f"the tokenizer made the id {token} of it, and the model's end at "
+            f"{limits.vocab_size - 1}; is tokenizer_path that of this model?"
+        )
+    return (
+        f"expected token ids from 0 to {limits.vocab_size - 1}, got {short(token)} at index {index}"
     )
 
 

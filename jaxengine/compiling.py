@@ -74,12 +74,10 @@ class CompileCounter:
         self.count = 0
         self._thread = threading.get_ident()
 
-    def _listen(self, event: str, duration: float, **_: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILE_EVENT and threading.get_ident() == self._thread:
             self.count += 1
 
     def close(self) -> None:
         self._thread = None
-        unregister = getattr(jax.monitoring, "unregister_event_duration_listener", None)
-        if unregister is not None:
-            unregister(self._listen)
+        jax.monitoring.unregister_event_duration_listener(self._listen)

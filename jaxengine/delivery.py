@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
+from jaxengine.loop import Loop
 from jaxengine.request import Progress, Request
 from jaxengine.results import Writer
 
@@ -25,16 +27,16 @@ class Call:
         self,
         requests: list[Request],
         writers: list[Writer],
+        loop: Loop,
         *,
         is_batch: bool,
-        start: Callable[["Call"], Any],
-        abort: Callable[[list[str]], Any],
+        owner: object = None,  # the engine: it must live while somebody waits
     ):
         self.requests = requests
-        self.is_batch = is_batch
         self._writers = writers
-        self._start = start
-        self._abort = abort
+        self._loop = loop
+        self._is_batch = is_batch
+        self._owner = owner
         self._unfinished = set(range(len(requests)))
         self._written: dict[int, Progress] = {}
 
@@ -42,13 +44,13 @@ class Call:
         for index, request in enumerate(self.requests):
             request.report = lambda index=index: put(index)
 
-    def start(self) -> None:
-        self._start(self)
+    def start(self) -> Future:
+        return self._loop.add(self.requests)
 
     def abandon(self) -> None:
         """Aborts what nobody waits for any more."""
         if self._unfinished:
-            self._abort([self.requests[index].rid for index in self._unfinished])
+            self._loop.abandon([self.requests[index] for index in self._unfinished])
             self._unfinished.clear()
 
     @property
@@ -63,24 +65,29 @@ class Call:
             return None
         self._written[index] = progress
         result = self._writers[index].write(progress)
-        if result["meta_info"]["finish_reason"] is not None:
+        if progress.finish_reason is not None:
             self._unfinished.discard(index)
+        return result
+
+    def chunk(self, index: int) -> dict[str, Any] | None:
+        """`result` as a stream gives it."""
+        result = self.result(index)
+        if result is not None and self._is_batch:
+            result["index"] = index
         return result
 
     def collected(self, results: dict[int, dict[str, Any]]) -> Any:
         """What a call that does not stream returns."""
+        self.raise_failure()
         ordered = [results[index] for index in range(len(self.requests))]
-        for result in ordered:
-            reason = result["meta_info"]["finish_reason"]
-            if reason["type"] == "abort" and reason.get("status_code") == ENGINE_FAILED:
-                raise RuntimeError(reason["message"])
-        return ordered if self.is_batch else ordered[0]
+        return ordered if self._is_batch else ordered[0]
 
-    def chunk(self, index: int) -> dict[str, Any] | None:
-        result = self.result(index)
-        if result is not None and self.is_batch:
-            result["index"] = index
-        return result
+    def raise_failure(self) -> None:
+        """Raises RuntimeError if the engine failed under any of the requests."""
+        for request in self.requests:
+            reason = request.finish_reason or {}
+            if reason.get("status_code") == ENGINE_FAILED:
+                raise RuntimeError(reason["message"]) from self._loop.error
 
 
 def wait(call: Call) -> Any:
@@ -89,7 +96,7 @@ def wait(call: Call) -> Any:
     call.report_to(channel.put)
     results: dict[int, dict[str, Any]] = {}
     try:
-        call.start()
+        call.start().result()
         while not call.is_done:
             index = channel.get()
             results[index] = call.result(index) or results[index]
@@ -103,7 +110,7 @@ async def wait_async(call: Call) -> Any:
     channel = _async_channel(call)
     results: dict[int, dict[str, Any]] = {}
     try:
-        call.start()
+        await asyncio.wrap_future(call.start())
         while not call.is_done:
             index = await channel.get()
             results[index] = call.result(index) or results[index]
@@ -113,13 +120,16 @@ async def wait_async(call: Call) -> Any:
 
 
 class Stream(Iterator[dict[str, Any]]):
-    """Chunks of a call that is already running. Closing or dropping it aborts the rest."""
+    """Chunks of a call that is already running. Closing or dropping it aborts the rest.
+
+    Where the engine fails, RuntimeError follows the last chunks.
+    """
 
     def __init__(self, call: Call):
         self._call = call
         self._channel: queue.SimpleQueue[int] = queue.SimpleQueue()
         call.report_to(self._channel.put)
-        call.start()
+        call.start().result()
 
     def __next__(self) -> dict[str, Any]:
         while not self._call.is_done:
@@ -130,6 +140,7 @@ class Stream(Iterator[dict[str, Any]]):
                 raise
             if chunk is not None:
                 return chunk
+        self._call.raise_failure()
         raise StopIteration
 
     def close(self) -> None:
@@ -140,12 +151,15 @@ class Stream(Iterator[dict[str, Any]]):
 
 
 class AsyncStream(AsyncIterator[dict[str, Any]]):
-    """`Stream` for coroutines; it belongs to the event loop it was made on."""
+    """`Stream` for coroutines; it belongs to the event loop it was started on."""
 
     def __init__(self, call: Call):
         self._call = call
         self._channel = _async_channel(call)
-        call.start()
+
+    async def start(self) -> "AsyncStream":
+        await asyncio.wrap_future(self._call.start())
+        return self
 
     async def __anext__(self) -> dict[str, Any]:
         while not self._call.is_done:
@@ -156,6 +170,7 @@ class AsyncStream(AsyncIterator[dict[str, Any]]):
                 raise
             if chunk is not None:
                 return chunk
+        self._call.raise_failure()
         raise StopAsyncIteration
 
     def close(self) -> None:

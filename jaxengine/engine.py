@@ -1,11 +1,15 @@
 """The public engine: checks a call, hands it to the loop, waits or streams. No scheduling, no
 arrays."""
 
+import copy
 import random
-import threading
+import warnings
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
 from typing import Any, NamedTuple
+
+from numpy.typing import ArrayLike
 
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
@@ -13,9 +17,12 @@ from jaxengine.inputs import Entry, normalise, refuse_unavailable
 from jaxengine.loop import Loop
 from jaxengine.request import Request
 from jaxengine.results import StopText, Writer
+from jaxengine.sampling_params import SamplingParams
 from jaxengine.server_args import ServerArgs
 from jaxengine.startup import start
 from jaxengine.tokenizer import encode
+
+Sampling = Mapping[str, Any] | SamplingParams
 
 
 class FlushResult(NamedTuple):
@@ -40,46 +47,55 @@ class Engine:
             raise TypeError(
                 f"give server_args or fields of it, not both: {', '.join(sorted(kwargs))}"
             )
-        self.server_args = server_args or ServerArgs.from_kwargs(kwargs)
+        if server_args is not None and not isinstance(server_args, ServerArgs):
+            raise TypeError(f"server_args: expected a ServerArgs, got {server_args!r}")
+        self.server_args = server_args or ServerArgs(**kwargs)
+        _check_defaults(self.server_args)
         self._started = start(self.server_args)
         self._loop: Loop = self._started.loop
         self._seeds = random.Random(self._started.random_seed)
-        self._tokenizer_lock = threading.Lock()
         # The thread must not keep a forgotten engine alive, and must end before the interpreter
         # does.
         self._finalizer = weakref.finalize(self, self._loop.stop)
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer; None with `skip_tokenizer_init`."""
-        return self._started.tokenizer
+        """The transformers tokenizer; None with `skip_tokenizer_init`.
+
+        A copy of the engine's: some calls of it leave truncation or padding switched on.
+        """
+        return copy.deepcopy(self._started.tokenizer)
 
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        input_ids: ArrayLike | None = None,
         *,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
         **unavailable: Any,
-    ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
+    ) -> Any:
         """Continues a prompt, or each of a list, and returns `{"text", "output_ids", "meta_info"}`
         of each.
 
         Args:
             prompt: text; tokenised as the tokenizer does by default, without a chat template.
-            sampling_params: one dictionary for all prompts, or one each; keys as in
-            `SamplingParams`. input_ids: token ids instead of text, taken verbatim. stream: return
-            an iterator of chunks instead, cumulative unless `stream_output` is set. The
-                chunks of a list carry `index`. Closing or dropping the iterator aborts the rest.
-            rid: names for `abort`; by default unique ones.
+            sampling_params: one dictionary for all prompts, or one each; its keys are the fields
+                of `SamplingParams`.
+            input_ids: token ids instead of text, taken verbatim: a list or array of ids, or a list
+                of such.
+            stream: return an iterator of chunks instead. They are cumulative, unless the engine has
+                `incremental_streaming_output`; those of a list carry `index`. Closing or dropping
+                the iterator aborts the rest.
+            rid: names for `abort`, by default unique ones. One name for a list is given to its
+                prompts as `name_0`, `name_1` and so on, and likewise to `n` samples.
             priority: with `enable_priority_scheduling`, higher goes first.
 
         Returns:
             A dictionary for a single prompt with n = 1, else a list: prompts in order, the n
-            samples of each one after the other.
+            samples of each one after the other. With `stream` a `Stream` of such dictionaries.
 
         Raises:
             ValueError, TypeError: some part of the call is wrong; then none of it was started.
@@ -91,23 +107,29 @@ class Engine:
     async def async_generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        input_ids: ArrayLike | None = None,
         *,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
         **unavailable: Any,
-    ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
-        """`generate` for coroutines; with `stream`, awaiting it gives an asynchronous iterator."""
+    ) -> Any:
+        """`generate` for coroutines; with `stream`, awaiting it gives an `AsyncStream`."""
         call = self._call(prompt, sampling_params, input_ids, stream, rid, priority, unavailable)
-        return AsyncStream(call) if stream else await wait_async(call)
+        return await AsyncStream(call).start() if stream else await wait_async(call)
 
     def abort(self, rid: str | Sequence[str] | None = None, *, abort_all: bool = False) -> None:
-        """Ends unfinished requests; their calls return what there is and the reason `abort`."""
+        """Ends unfinished requests; their calls return what there is and the reason `abort`.
+
+        Names of requests that have ended, or never were, are no error.
+        """
         if (rid is None) != abort_all:
-            raise ValueError("abort: expected rid or abort_all=True, not both")
-        rids = None if abort_all else [rid] if isinstance(rid, str) else list(rid or ())
+            raise ValueError("abort: expected either rid or abort_all=True")
+        rids = [rid] if isinstance(rid, str) else rid
+        is_list = isinstance(rids, list | tuple) and all(isinstance(each, str) for each in rids)
+        if rids is not None and not is_list:
+            raise ValueError(f"abort: expected a rid or a list of them, got {rid!r}")
         self._loop.abort(rids).result()
 
     def flush_cache(self) -> FlushResult:
@@ -132,60 +154,57 @@ class Engine:
 
     def _call(self, prompt, sampling_params, input_ids, stream, rid, priority, unavailable) -> Call:
         if not self._loop.is_alive:
-            raise RuntimeError(self._loop.end_message)
+            raise RuntimeError(self._loop.end_message) from self._loop.error
         refuse_unavailable(unavailable)
-        defaults = self.server_args.sampling_defaults
+        args = self.server_args
+        has_priority = args.enable_priority_scheduling or args.schedule_policy == "priority"
+        if priority is not None and not has_priority:
+            warnings.warn("priority: needs enable_priority_scheduling=True", stacklevel=3)
+        defaults = args.sampling_defaults
         inputs = normalise(prompt, sampling_params, input_ids, rid, priority, defaults)
-        requests = self._requests(inputs.entries)
-        writers = [
-            Writer(request, self._started.tokenizer, self._started.output_options(stream))
-            for request in requests
-        ]
-        if stream:
-            for request in requests:
-                request.stream_interval = (
-                    request.sampling.stream_interval or self.server_args.stream_interval
-                )
-        return Call(
-            requests,
-            writers,
-            is_batch=inputs.is_batch,
-            start=lambda call: self._loop.add(call.requests).result(),
-            abort=self._loop.abort,
-        )
+        requests = self._requests(inputs.entries, stream)
+        options = self._started.output_options(stream)
+        writers = [Writer(request, self._started.tokenizer, options) for request in requests]
+        return Call(requests, writers, self._loop, is_batch=inputs.is_batch, owner=self)
 
-    def _requests(self, entries: list[Entry]) -> list[Request]:
+    def _requests(self, entries: list[Entry], stream: bool) -> list[Request]:
         """All requests of a call, or the error of the first that cannot be one."""
-        ids = self._tokenise([entry for entry in entries if entry.input_ids is None])
+        encoded = cache(self._encode)  # samples of a prompt, and equal prompts, are encoded once
         requests = []
         for index, entry in enumerate(entries):
-            prompt_ids = next(ids) if entry.input_ids is None else entry.input_ids
             try:
-                requests.append(self._request(entry, prompt_ids))
+                ids = encoded(entry.text) if entry.input_ids is None else entry.input_ids
+                requests.append(self._request(entry, ids, stream))
             except ValueError as error:
                 where = f"prompt {index // entry.sampling.n}: " if len(entries) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
         return requests
 
-    def _request(self, entry: Entry, prompt_ids: Sequence[int]) -> Request:
-        request = make_request(entry, prompt_ids, self._started.limits, self._seeds)
-        field = (
-            "stop" if entry.sampling.stop else "stop_regex" if entry.sampling.stop_regex else None
-        )
-        if field is not None:
-            if self.tokenizer is None:
+    def _request(self, entry: Entry, ids: Sequence[int], stream: bool) -> Request:
+        sampling = entry.sampling
+        request = make_request(entry, ids, self._started.limits, self._seeds)
+        if stream:
+            request.stream_interval = sampling.stream_interval or self.server_args.stream_interval
+        if sampling.stop or sampling.stop_regex:
+            if self._started.tokenizer is None:
+                field = "stop" if sampling.stop else "stop_regex"
                 raise ValueError(
                     f"{field}: needs text, and this engine has no tokenizer; use stop_token_ids"
                 )
-            request.stop_text = StopText(self.tokenizer, request)
+            request.stop_text = StopText(self._started.tokenizer, request)
         return request
 
-    def _tokenise(self, entries: list[Entry]) -> Iterator[list[int]]:
-        if not entries:
-            return iter(())
-        if self.tokenizer is None:
+    def _encode(self, text: str) -> list[int]:
+        if self._started.tokenizer is None:
             raise ValueError(
                 "prompt: this engine has no tokenizer (skip_tokenizer_init); pass input_ids"
             )
-        with self._tokenizer_lock:
-            return iter([encode(self.tokenizer, entry.text or "") for entry in entries])
+        return encode(self._started.tokenizer, text)
+
+
+def _check_defaults(args: ServerArgs) -> None:
+    """Tells of a mistake in them now rather than with the first call."""
+    try:
+        SamplingParams.from_dict(args.sampling_defaults)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"preferred_sampling_params: {error}") from None

@@ -3,39 +3,52 @@ names the argument. It knows lists and dictionaries; tokens are counted and chec
 in `admission`.
 """
 
+import difflib
 import uuid
 from collections.abc import Mapping, Sequence
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
-from jaxengine.sampling_params import SamplingParams
+from jaxengine.sampling_params import OTHER_SPELLINGS, SamplingParams
 
 UNAVAILABLE = {
     "image_data": "images are",
     "audio_data": "audio is",
     "video_data": "video is",
+    "mm_hashes": "images are",
+    "mm_content_hashes": "images are",
     "return_logprob": "log-probabilities are",
     "logprob_start_len": "log-probabilities are",
     "top_logprobs_num": "log-probabilities are",
     "token_ids_logprob": "log-probabilities are",
     "lora_path": "LoRA is",
     "custom_logit_processor": "custom logit processors are",
+    "require_reasoning": "parsing of reasoning is",
     "return_hidden_states": "hidden states are",
     "return_routed_experts": "routing of experts is",
+    "routed_experts_start_len": "routing of experts is",
     "bootstrap_host": "prefill/decode disaggregation is",
     "bootstrap_port": "prefill/decode disaggregation is",
     "bootstrap_room": "prefill/decode disaggregation is",
+    "disagg_prefill_dp_rank": "prefill/decode disaggregation is",
     "data_parallel_rank": "data parallelism is",
+    "routed_dp_rank": "data parallelism is",
     "external_trace_header": "tracing is",
     "session_params": "sessions are",
+    "session_id": "sessions are",
+    "cache_salt": "separation of caches is",
+    "kv_hints": "advice to the cache is",
 }
-"""Arguments of `generate` whose feature does not exist yet: asking for one is an error."""
+"""Arguments of SGLang's `generate` whose feature does not exist yet: asking for one is an error."""
+
+AVAILABLE = ("prompt", "sampling_params", "input_ids", "stream", "rid", "priority")
 
 
 class Entry(NamedTuple):
     """One sample to be generated."""
 
     text: str | None
-    input_ids: list[int] | None  # verbatim; wins over the text
+    input_ids: Sequence[Any] | None  # verbatim; wins over the text
     sampling: SamplingParams
     rid: str
     priority: int
@@ -77,36 +90,91 @@ def normalise(
 
 
 def refuse_unavailable(arguments: Mapping[str, Any]) -> None:
-    """ValueError for the first argument that asks for what does not exist yet."""
+    """Raises for arguments that do not exist, and for those that ask for what does not yet."""
     for name, value in arguments.items():
         if name not in UNAVAILABLE:
-            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
-        if value is not None and value is not False and value != 0 and value != []:
+            raise TypeError(f"generate() got an unexpected argument {name!r}; {_way_out(name)}")
+        if _asks_for_something(name, value):
             raise ValueError(f"{name}: {UNAVAILABLE[name]} not available yet; leave it out")
 
 
-def _prompts(prompt: Any, input_ids: Any) -> tuple[list[str | None], list[Any], bool]:
-    if prompt is None and input_ids is None:
-        raise ValueError("prompt: expected a prompt, or token ids as input_ids; got neither")
-    if prompt is not None and not isinstance(prompt, str | list | tuple):
-        raise ValueError(f"prompt: expected a string or a list of strings, got {prompt!r}")
-    is_batch = isinstance(prompt, list | tuple)
-    texts = list(prompt) if is_batch else [prompt]
-    for index, text in enumerate(texts):
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"prompt: expected strings, got {text!r} at index {index}")
+def _way_out(name: str) -> str:
+    if name in SamplingParams.__dataclass_fields__ or name in OTHER_SPELLINGS:
+        own = OTHER_SPELLINGS.get(name, name)
+        return f"it is a sampling parameter: sampling_params={{{own!r}: ...}}"
+    close = difflib.get_close_matches(name, [*AVAILABLE, *UNAVAILABLE], 1)
+    return f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(AVAILABLE)}"
+
+
+def _asks_for_something(name: str, value: Any) -> bool:
+    """False for the defaults, alone or in a list, which callers may write out."""
+    if isinstance(value, list | tuple):
+        return any(_asks_for_something(name, each) for each in value)
+    if isinstance(value, bool | int | str | dict):
+        return bool(value) and (name, value) != ("logprob_start_len", -1)
+    return value is not None
+
+
+def _prompts(
+    prompt: Any, input_ids: Any
+) -> tuple[Sequence[str | None], Sequence[Sequence[Any] | None], bool]:
+    """The texts and the ids of the prompts, either None where it was not given; is it a list?"""
     if input_ids is None:
+        if prompt is None:
+            raise ValueError("prompt: expected a prompt, or token ids as input_ids; got neither")
+        texts, is_batch = _texts(prompt)
         return texts, [None] * len(texts), is_batch
-    ids = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
-    if not isinstance(ids, list | tuple):
-        raise ValueError(f"input_ids: expected a list of token ids, or of such lists, got {ids!r}")
+    ids, is_batch = _id_lists(input_ids)
     if prompt is None:
-        is_batch = len(ids) > 0 and isinstance(ids[0], list | tuple)
-        texts = [None] * (len(ids) if is_batch else 1)
-    ids = list(ids) if is_batch else [ids]
-    if len(ids) != len(texts):
-        raise ValueError(f"input_ids: expected {len(texts)} lists, one per prompt, got {len(ids)}")
+        return [None] * len(ids), ids, is_batch
+    texts, has_texts = _texts(prompt)
+    if (len(texts), has_texts) != (len(ids), is_batch):
+        of_text, of_ids = _counted(len(texts), has_texts), _counted(len(ids), is_batch)
+        raise ValueError(f"input_ids: expected {of_text} as in prompt, got {of_ids}")
     return texts, ids, is_batch
+
+
+def _counted(count: int, is_batch: bool) -> str:
+    return f"a list of {count}" if is_batch else "a single one"
+
+
+def _texts(prompt: Any) -> tuple[list[str], bool]:
+    if isinstance(prompt, str):
+        return [prompt], False
+    if not isinstance(prompt, list | tuple):
+        raise ValueError(f"prompt: expected a string or a list of strings, got {short(prompt)}")
+    for index, text in enumerate(prompt):
+        if not isinstance(text, str):
+            is_ids, is_chat = isinstance(text, int | list | tuple), isinstance(text, Mapping)
+            way_out = "; pass token ids as input_ids" if is_ids else ""
+            way_out = "; render a chat with tokenizer.apply_chat_template" if is_chat else way_out
+            raise ValueError(
+                f"prompt: expected strings, got {short(text)} at index {index}{way_out}"
+            )
+    return list(prompt), True
+
+
+def _id_lists(input_ids: Any) -> tuple[list[Sequence[Any]], bool]:
+    """Lists of ids. Arrays become lists; whether their elements are ids is seen later."""
+    rows = _plain(input_ids)
+    if not isinstance(rows, list | tuple):
+        raise ValueError(
+            f"input_ids: expected a list of token ids, or of such lists, got {short(input_ids)}"
+        )
+    rows = [_plain(row) for row in rows]
+    if not any(isinstance(row, list | tuple) for row in rows):
+        return [rows], False
+    for index, row in enumerate(rows):
+        if not isinstance(row, list | tuple):
+            raise ValueError(
+                f"input_ids: expected a list for every prompt, got {short(row)} at index {index}"
+            )
+    return [[_plain(token) for token in row] for row in rows], True
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers and lists instead of those of NumPy, JAX and others."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _sampling(given: Any, count: int, defaults: Mapping[str, Any]) -> list[SamplingParams]:
@@ -116,31 +184,44 @@ def _sampling(given: Any, count: int, defaults: Mapping[str, Any]) -> list[Sampl
         raise ValueError(
             f"sampling_params: expected one dict, or {count}, one per prompt; got {len(given)}"
         )
-    return [_one_sampling(each, defaults) for each in given]
+    params = []
+    for index, each in enumerate(given):
+        try:
+            params.append(_one_sampling(each, defaults))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompt {index}: {error}") from None
+    return params
 
 
 def _one_sampling(given: Any, defaults: Mapping[str, Any]) -> SamplingParams:
     if isinstance(given, SamplingParams):
         return given
     if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"sampling_params: expected a dict or SamplingParams, got {given!r}")
+        raise TypeError(f"sampling_params: expected a dict or SamplingParams, got {short(given)}")
     return SamplingParams.from_dict({**defaults, **(given or {})})
 
 
 def _rids(rid: Any, count: int, n: int, is_batch: bool) -> list[str]:
-    if rid is None or n > 1:  # samples of one prompt need names of their own
+    """A name for each sample: what was given, with the index of the prompt and that of the sample
+    where there are several."""
+    if rid is None:
         return [uuid.uuid4().hex for _ in range(count * n)]
     if isinstance(rid, str):
-        return [f"{rid}_{index}" for index in range(count)] if is_batch else [rid]
-    if not isinstance(rid, list | tuple) or not all(isinstance(each, str) for each in rid):
-        raise ValueError(f"rid: expected a string or a list of strings, got {rid!r}")
-    if len(rid) != count or len(set(rid)) != count:
-        raise ValueError(f"rid: expected {count} different strings, one per prompt, got {rid!r}")
-    return list(rid)
+        names = [f"{rid}_{index}" for index in range(count)] if is_batch else [rid]
+    elif not isinstance(rid, list | tuple) or not all(isinstance(each, str) for each in rid):
+        raise ValueError(f"rid: expected a string or a list of strings, got {short(rid)}")
+    elif len(rid) != count or len(set(rid)) != count:
+        raise ValueError(
+            f"rid: expected {count} different strings, one per prompt, got {short(rid)}"
+        )
+    else:
+        names = list(rid)
+    return names if n == 1 else [f"{name}_{sample}" for name in names for sample in range(n)]
 
 
 def _priorities(priority: Any, count: int) -> list[int]:
-    priorities = list(priority) if isinstance(priority, list | tuple) else [priority or 0] * count
+    default = 0 if priority is None else priority
+    priorities = list(default) if isinstance(default, list | tuple) else [default] * count
     if len(priorities) != count or not all(type(each) is int for each in priorities):
-        raise ValueError(f"priority: expected an int, or {count} of them, got {priority!r}")
+        raise ValueError(f"priority: expected an int, or {count} of them, got {short(priority)}")
     return priorities

@@ -20,9 +20,9 @@ NOT_FINITE = -1  # what a step draws from logits it cannot use
 
 
 class StepRunner(Protocol):
-    def submit(self, plan: StepPlan) -> Any: ...
+    def submit(self, plan: StepPlan, /) -> Any: ...
 
-    def collect(self, submitted: Any) -> list[int]: ...
+    def collect(self, submitted: Any, /) -> list[int]: ...
 
     def close(self) -> None: ...
 
@@ -55,7 +55,7 @@ class Loop:
         self._window = (self.last_step_time, 0)  # start of the present second, tokens by then
         self._live: dict[str, Request] = {}
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
-        self._is_stopping = False
+        self._is_stopping = self._has_ended = False
         self._thread = threading.Thread(target=self._main, name="jaxengine", daemon=True)
 
     def start(self) -> None:
@@ -67,7 +67,7 @@ class Loop:
         """Runs `function` on the loop's thread between two steps."""
         future: Future = Future()
         self._inbox.put((function, future))
-        if not self._thread.is_alive():  # it ended meanwhile: nobody else will answer
+        if not self.is_alive:  # nobody else will answer
             self._drain_inbox()
         return future
 
@@ -82,12 +82,17 @@ class Loop:
         chosen = None if rids is None else list(rids)
         return self.call(lambda: self._abort(chosen, message))
 
+    def abandon(self, requests: Iterable[Request]) -> Future:
+        """Ends these very requests, where they are unfinished: nobody waits for them any more."""
+        abandoned = list(requests)
+        return self.call(lambda: self._abandon(abandoned))
+
     def stop(self, timeout: float = 30.0) -> None:
         """Ends the thread after the step in flight; unfinished requests are aborted. May be called
-        twice."""
+        twice, and from the thread itself: the garbage collector runs on any."""
         self._is_stopping = True
+        self.call(lambda: None)  # wakes it
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self.call(lambda: None)  # wakes it
             self._thread.join(timeout)
 
     def wait_for_end(self, timeout: float) -> bool:
@@ -97,7 +102,7 @@ class Loop:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._has_ended
 
     @property
     def num_live(self) -> int:
@@ -110,9 +115,7 @@ class Loop:
             if self._on_start is not None:
                 self._on_start()
             self._run_overlapped() if self._overlaps else self._run_plain()
-        except (
-            BaseException
-        ) as error:  # the boundary of the thread: callers are told, none is left waiting
+        except BaseException as error:  # the thread's boundary: callers are told, none waits on
             self.error = error
         finally:
             self._end()
@@ -145,6 +148,8 @@ class Loop:
         return False
 
     def _answer(self, function: Callable[[], Any], future: Future) -> None:
+        if not future.set_running_or_notify_cancel():  # whoever called was cancelled meanwhile
+            return
         try:
             future.set_result(function())
         except Exception as error:  # the caller's error, raised where it waits; the loop goes on
@@ -223,6 +228,11 @@ class Loop:
             if request is not None:
                 self._finish(request, outputs.abort_reason(message))
 
+    def _abandon(self, requests: list[Request]) -> None:
+        for request in requests:
+            if self._live.get(request.rid) is request:  # not another one of that name
+                self._finish(request, outputs.abort_reason("abandoned by its caller"))
+
     def _end(self) -> None:
         """Tells everyone still waiting. The scheduler is past use: after an error its books may be
         wrong."""
@@ -231,10 +241,13 @@ class Loop:
         for request in list(self._live.values()):
             request.status, request.finish_reason = Status.FINISHED, reason
             self._report_end(request)
-        self.runner.close()
-        if self._on_end is not None:
-            self._on_end()
-        self._drain_inbox()
+        try:
+            self.runner.close()
+            if self._on_end is not None:
+                self._on_end()
+        finally:
+            self._has_ended = True  # before the last look: what comes later is answered by `call`
+            self._drain_inbox()
 
     def _drain_inbox(self) -> None:
         while True:
@@ -242,7 +255,8 @@ class Loop:
                 _, future = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            future.set_exception(RuntimeError(self.end_message))
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError(self.end_message))
 
     @property
     def end_message(self) -> str:

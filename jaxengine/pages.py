@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class PagePool:
-    """The ids `1 .. num_pages`, handed out and taken back; page 0 is nobody's (`models.interface`)."""
+    """The ids `1 .. num_pages`, handed out and taken back; page 0 is nobody's."""
 
     def __init__(self, num_pages: int):
         if num_pages < 1:

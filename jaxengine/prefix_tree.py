@@ -1,4 +1,4 @@
-"""Which full pages hold the keys and values of which token prefix, so that later prompts share them.
+"""Which full pages hold the K and V of which token prefix, so that later prompts share them.
 
 A radix tree whose edges are whole pages of tokens: a node is one page, its path from the root the
 prefix. Nodes that a running request stands on are locked; the others are a cache, evicted leaf by
@@ -106,7 +106,7 @@ class PrefixTree:
         return pages
 
     def forget(self, path: Sequence[Node]) -> list[int]:
-        """Removes the end of an unlocked `path`, up to what others build on; the ids of its pages."""
+        """Removes an unlocked `path` from its end up to what others build on; the pages' ids."""
         pages: list[int] = []
         for node in reversed(path):
             if not self._is_evictable(node):

@@ -68,7 +68,7 @@ def step(
         logits = model.logits(hidden[last])
     with jax.named_scope("sample"):
         sampling = jax.tree.map(lambda leaf: leaf[rows.slots], state.sampling)
-        drawn = sample(logits, sampling, state.tokens[rows.slots], batch.kv_lens)
+        drawn = sample(logits, sampling, state.tokens, rows.slots, batch.kv_lens)
     # A row that does not sample writes nowhere: its next token is known and already in the history.
     target = jnp.where(rows.samples == 1, batch.kv_lens, state.tokens.shape[1])
     tokens = state.tokens.at[rows.slots, target].set(jnp.maximum(drawn, 0), mode="drop")

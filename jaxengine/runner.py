@@ -5,6 +5,7 @@ tokens. It knows slots, pages and sizes, and nothing of queues, text or users.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -97,14 +98,11 @@ class StepPrograms:
         step = partial(self._step, num_tokens=bucket.num_tokens)
         step.__name__ = f"step_{bucket.num_tokens}x{bucket.num_rows}"  # type: ignore[attr-defined]
         shapes = self._placed(tuple(self.params))
-        return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
-            shapes,
-            self.cache_shapes(num_pages),
-            state.tokens,
-            state.page_table,
-            state.sampling,
-            rows,
-        )
+        cache = self.cache_shapes(num_pages)
+        with _exact_float32(shapes):
+            return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
+                shapes, cache, state.tokens, state.page_table, state.sampling, rows
+            )
 
     def lower_install(self) -> Any:
         state = self.state_shapes
@@ -128,6 +126,12 @@ class StepPrograms:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
         )
+
+
+def _exact_float32(params: tuple[jax.ShapeDtypeStruct, ...]) -> AbstractContextManager:
+    """GPUs multiply float32 in a shorter type by default; who asks for float32 wants it."""
+    is_float32 = any(param.dtype == np.float32 for param in params)
+    return jax.default_matmul_precision("highest") if is_float32 else nullcontext()
 
 
 class Runner:
@@ -156,8 +160,7 @@ class Runner:
             if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
         )
         packed = self._padding_rows(bucket.num_rows)
-        for index, row in enumerate(plan.rows):
-            packed[index] = row.slot, row.start, row.query_len, row.new_page, row.samples
+        packed[: len(plan.rows)] = [row[1:] for row in plan.rows]  # all but the request
         drawn = self._run(bucket, packed)
         drawn.copy_to_host_async()
         return drawn

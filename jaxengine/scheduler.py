@@ -7,7 +7,7 @@ request are rows with more.
 
 The device runs steps in order. So what one step writes the next may read, pages and slots of a
 request that ended may be reused at once though a step of it is in flight, and pages may be shared
-by rows of the very step that writes them: each layer writes the K and V of all rows before it reads.
+by rows of the very step that writes them: a layer writes the K and V of all rows before it reads.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from jaxengine.request import Request, Status
 from jaxengine.waiting import WaitingQueue
 
 # Share of the output it is allowed that a request is expected to need: where the guess begins, how
-# it falls each step and how low, how a retraction raises it, and the output it is applied to at most.
+# it falls each step and how low, how a retraction raises it, and to how many tokens it applies.
 GROWTH_START, GROWTH_DECAY, GROWTH_FLOOR, GROWTH_RAISE = 0.7, 0.998, 0.1, 0.1
 GROWTH_MAX_TOKENS = 4096
 

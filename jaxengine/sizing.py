@@ -1,6 +1,7 @@
 """The sizes an engine starts with, from its arguments, its model and its device's memory. Numbers
 only."""
 
+import warnings
 from dataclasses import dataclass
 
 from jaxengine.compiling import Bucket, buckets, decode_sizes, parts
@@ -27,6 +28,12 @@ class Sizes:
 def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_cpu: bool) -> Sizes:
     """The sizes for a model whose positions end at `max_position`."""
     context_length = args.context_length or max_position
+    if context_length > max_position:
+        warnings.warn(
+            f"context_length: {context_length} is beyond the {max_position} positions that the "
+            "model was made for; what it says there may make no sense",
+            stacklevel=2,
+        )
     chunk_default, running_default = _defaults(device_bytes, is_cpu)
     max_running = args.max_running_requests or running_default
     can_chunk = args.chunked_prefill_size != -1

@@ -9,36 +9,30 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
-from jaxengine import models, weights
 from jaxengine.admission import Limits
 from jaxengine.compiling import CompileCounter, compile_all
 from jaxengine.config import configure_jax
-from jaxengine.hub import read_json, resolve_model
+from jaxengine.loading import choose_dtype, find_model, load_model
 from jaxengine.loop import Loop
 from jaxengine.memory import Demand, device_bytes, num_bytes, num_pages_that_fit, step_bytes
 from jaxengine.models.config import ModelConfig
-from jaxengine.models.shapes import SHAPES
 from jaxengine.results import OutputOptions
 from jaxengine.runner import INSTALL, Runner, StepPrograms
 from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.scheduler import Scheduler
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes, choose_sizes
-from jaxengine.tokenizer import eos_token_ids, load_tokenizer
+from jaxengine.version import __version__
 from jaxengine.watchdog import Watchdog
 
 MAX_COMPILE_THREADS = 16
 ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
-CACHED_DTYPES = {"half": "float16", "float": "float32"}
 
 logger = logging.getLogger("jaxengine")
 
@@ -74,7 +68,7 @@ class Started:
         return {
             **asdict(self.args),
             "status": "ready" if self.loop.is_alive else "stopped",
-            "version": _version(),
+            "version": __version__,
             "device": str(self.device),
             "random_seed": self.random_seed,
             "context_length": self.sizes.context_length,
@@ -115,40 +109,37 @@ def start(args: ServerArgs) -> Started:
     device = _device(args.device)
     is_cpu = device.platform == "cpu"
     with _phase("tokenizer", seconds):
-        folder, config_dict = _model_files(args)
-        model_config = ModelConfig.from_dict(config_dict | args.model_overrides)
-        tokenizer = _tokenizer(args, folder)
-        eos_ids = _eos_ids(folder, config_dict, tokenizer)
+        found = find_model(args)
     sizes = choose_sizes(
         args,
-        max_position=model_config.max_position,
+        max_position=found.config.max_position,
         device_bytes=device_bytes(device),
         is_cpu=is_cpu,
     )
-    with _phase("weights", seconds), jax.default_device(device):
-        dtype = _dtype(args.dtype, model_config.dtype, is_cpu)
-        graphdef, params = _load(args, folder, model_config, dtype)
+    dtype = choose_dtype(args, found.config, is_cpu)
+    with _phase("weights", seconds):
+        graphdef, params = load_model(args, found, dtype, device)
     programs = StepPrograms(
         graphdef,
         params,
-        num_layers=model_config.num_layers,
-        page_shape=(model_config.num_kv_heads, args.page_size, model_config.head_size),
+        num_layers=found.config.num_layers,
+        page_shape=(found.config.num_kv_heads, args.page_size, found.config.head_size),
         # On CPUs XLA may widen the whole 16-bit pool for every write into it.
         cache_dtype="float32" if is_cpu else dtype,
         num_slots=sizes.max_running_requests,
         context_length=sizes.context_length,
-        num_stop_ids=MAX_STOP_TOKEN_IDS + len(eos_ids),
+        num_stop_ids=MAX_STOP_TOKEN_IDS + len(found.eos_token_ids),
         num_bias=MAX_LOGIT_BIAS,
         device=device,
     )
-    with _phase("compile", seconds), _exact_float32(dtype):
+    with _phase("compile", seconds):
         num_pages, executables = _compile(args, programs, sizes)
     with _phase("warm up", seconds):
         runner = Runner(programs, executables, num_pages)
     demand = _demand(programs, executables)
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
     counter = CompileCounter()
-    scheduler = _scheduler(args, sizes, num_pages, model_config, random_seed)
+    scheduler = _scheduler(args, sizes, num_pages, found.config, random_seed)
     loop = Loop(
         scheduler,
         runner,
@@ -163,17 +154,17 @@ def start(args: ServerArgs) -> Started:
     return Started(
         args=args,
         loop=loop,
-        tokenizer=tokenizer,
+        tokenizer=found.tokenizer,
         limits=Limits(
-            vocab_size=model_config.vocab_size,
+            vocab_size=found.config.vocab_size,
             context_length=sizes.context_length,
             pool_tokens=num_pages * args.page_size,
-            eos_token_ids=eos_ids,
+            eos_token_ids=found.eos_token_ids,
             truncates=args.allow_auto_truncate,
         ),
         sizes=sizes,
         random_seed=random_seed,
-        model_config=model_config,
+        model_config=found.config,
         device=device,
         demand=demand,
         num_pages=num_pages,
@@ -215,57 +206,6 @@ def _device(kind: str | None) -> Any:
             f"device: there is no {kind} device that JAX can use ({error}); install the extra "
             "cuda13 or cuda12, or leave device out"
         ) from error
-
-
-def _model_files(args: ServerArgs) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint's folder and config; no folder for a built-in shape with dummy weights."""
-    name = args.model_path
-    if args.load_format == "dummy" and name in SHAPES and not Path(name).exists():
-        return None, SHAPES[name]
-    folder = resolve_model(name, revision=args.revision, download_dir=args.download_dir)
-    return folder, read_json(folder / "config.json")
-
-
-def _tokenizer(args: ServerArgs, folder: Path | None) -> Any:
-    if args.skip_tokenizer_init:
-        return None
-    path = args.tokenizer_path or folder
-    if path is None:
-        raise ValueError(
-            f"tokenizer_path: {args.model_path!r} is a built-in shape without a tokenizer; pass "
-            "one, or skip_tokenizer_init=True to give and get token ids"
-        )
-    return load_tokenizer(path, revision=args.revision, download_dir=args.download_dir)
-
-
-def _eos_ids(folder: Path | None, config: dict[str, Any], tokenizer: Any) -> frozenset[int]:
-    path = folder / "generation_config.json" if folder is not None else None
-    generation = read_json(path) if path is not None and path.is_file() else None
-    return eos_token_ids(config, generation, tokenizer)
-
-
-def _dtype(asked: str, of_checkpoint: str, is_cpu: bool) -> str:
-    if asked != "auto":
-        return CACHED_DTYPES.get(asked, asked)
-    # CPUs compute 16-bit types by way of float32: converting once is faster and no less exact.
-    return "float32" if is_cpu else of_checkpoint
-
-
-def _load(
-    args: ServerArgs, folder: Path | None, config: ModelConfig, dtype: str
-) -> tuple[nnx.GraphDef, nnx.State]:
-    abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype))
-    if args.load_format == "dummy" or folder is None:
-        params = weights.dummy_parameters(abstract, seed=args.random_seed or 0)
-    else:
-        params = weights.load_parameters(
-            folder,
-            abstract,
-            models.checkpoint_pieces(config),
-            is_ignorable=lambda name: models.is_ignorable(name, config),
-            progress=args.show_progress,
-        )
-    return nnx.graphdef(abstract), params
 
 
 def _compile(args: ServerArgs, programs: StepPrograms, sizes: Sizes) -> tuple[int, dict[Any, Any]]:
@@ -327,15 +267,3 @@ def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - started
-
-
-def _exact_float32(dtype: str) -> Any:
-    """GPUs multiply float32 in a shorter type by default; who asks for float32 wants it."""
-    return jax.default_matmul_precision("highest") if dtype == "float32" else nullcontext()
-
-
-def _version() -> str:
-    try:
-        return version("jaxengine")
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "unknown"

@@ -1,14 +1,12 @@
 """The streaming helpers, under the name SGLang's users import them by, and nothing else."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
-from jaxengine.engine import Engine
+from jaxengine.engine import Engine, Sampling
 
 
-def stream_and_merge(
-    llm: Engine, prompt: str, sampling_params: Mapping[str, Any] | None = None
-) -> str:
+def stream_and_merge(llm: Engine, prompt: str, sampling_params: Sampling | None = None) -> str:
     """The whole text of a completion that is streamed meanwhile."""
     merge = _Merge(llm)
     return "".join(
@@ -17,7 +15,7 @@ def stream_and_merge(
 
 
 async def async_stream_and_merge(
-    llm: Engine, prompt: str, sampling_params: Mapping[str, Any] | None = None
+    llm: Engine, prompt: str, sampling_params: Sampling | None = None
 ) -> AsyncIterator[str]:
     """The text of a completion in pieces that do not overlap, as they come."""
     merge = _Merge(llm)

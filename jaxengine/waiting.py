@@ -1,4 +1,4 @@
-"""The requests that wait for admission, in the order of a policy. It knows neither slots nor pages."""
+"""The requests that wait for admission, in a policy's order. It knows neither slots nor pages."""
 
 import heapq
 import itertools
@@ -32,7 +32,7 @@ class WaitingQueue:
         return self._num_waiting
 
     def add(self, request: Request) -> None:
-        """Gives a new request its place, by priority, policy and arrival, which it keeps for good."""
+        """Gives a new request its place, which it keeps: by priority, policy and arrival."""
         by_policy = {"lof": -request.max_new_tokens, "random": self._random.random()}
         request.order = (
             self._priority_sign * request.priority,
@@ -47,7 +47,7 @@ class WaitingQueue:
         self._num_waiting += 1
 
     def take(self, num_shared: Callable[[Request], int]) -> list[Request]:
-        """Takes the first request, or, by `lpm`, the first few of one priority, most shared first."""
+        """Takes the first request; by `lpm` the first few of one priority, most shared first."""
         window: list[Request] = []
         limit = LPM_WINDOW if self._policy == "lpm" else 1
         while self._heap and len(window) < limit:

@@ -7,7 +7,7 @@ Dimensions, here and everywhere: `B` rows, `T` query tokens (flat over rows), `S
 """
 
 from types import EllipsisType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     page_table: Int[Array, "B P"]  # page ids in order of position; 0 where there is none
 
 
+@runtime_checkable
 class Model(Protocol):
     """A decoder. `cache=None` attends within the batch alone (training, tests, the naive loop)."""
 

@@ -18,6 +18,8 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 
+pytest_plugins = ["engines"]
+
 HAS_BEARTYPE = importlib.util.find_spec("beartype") is not None
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

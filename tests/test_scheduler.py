@@ -23,7 +23,7 @@ class Host:
 
     def __init__(self, learns: bool = True, **options: Any):
         self.learns = learns  # False: admits as if nothing ever grew, so that pages run out
-        self.options = {
+        self.options: dict[str, Any] = {
             "num_pages": 64,
             "page_size": 4,
             "max_running_requests": 4,
@@ -54,6 +54,13 @@ class Host:
         return request
 
     def step(self, overlaps: bool = False) -> StepPlan | None:
+        plan = self.submit()
+        while len(self.flying) > (overlaps and plan is not None):
+            self.collect()
+        return plan
+
+    def submit(self) -> StepPlan | None:
+        assert len(self.flying) <= 1, "the host runs one step ahead, not more"
         if not self.learns:
             self.scheduler._growth = 0.0
         plan = self.scheduler.schedule()
@@ -61,8 +68,6 @@ class Host:
         if plan is not None:
             self._doubt(plan)
             self.flying.append((plan, self.runner.submit(plan)))
-        while len(self.flying) > (overlaps and plan is not None):
-            self.collect()
         return plan
 
     def collect(self) -> None:
@@ -270,6 +275,19 @@ def test_a_later_chunk_is_shared_by_a_request_admitted_in_its_step():
     assert late.num_cached == 12
 
 
+def test_a_page_whose_last_token_the_host_has_not_seen_is_not_cached():
+    host = Host(page_size=1)
+    request = host.add([0, 1, 2])
+    host.submit()
+    host.submit()  # reads the token drawn by the step before
+    assert (request.num_computed, request.num_tokens, request.in_flight) == (4, 3, 2)
+    host.abort(request)
+    assert host.scheduler.tree.num_evictable == 3
+    host.collect()
+    host.collect()
+    host.check_no_leak()
+
+
 def test_the_whole_prompt_is_never_taken_from_the_cache():
     host = Host()
     for _ in range(2):
@@ -352,7 +370,7 @@ def test_retraction_sends_back_the_last_comer_and_loses_nothing(overlaps):
 
 def test_a_retracted_request_waits_for_its_token_in_flight():
     host = Host(num_pages=3, shares_prefixes=False, learns=False)
-    first, second = host.add([0] * 3), host.add([1] * 7)
+    first, second = host.add([0] * 3), host.add([1] * 7, max_new_tokens=4)
     for _ in range(2):
         host.step(overlaps=True)  # now the first needs a second page, the second a third
     plan = host.scheduler.schedule()
@@ -589,7 +607,14 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @rule(num_steps=st.integers(1, 8), overlaps=st.booleans())
     def step(self, num_steps, overlaps) -> None:
         for _ in range(num_steps):
+            while len(self.host.flying) > 1:
+                self.host.collect()
             self.host.step(overlaps)
+
+    @precondition(lambda self: len(self.host.flying) <= 1)
+    @rule()
+    def submit(self) -> None:
+        self.host.submit()
 
     @precondition(lambda self: self.host.flying)
     @rule()
@@ -620,6 +645,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "host"):
+            while self.host.flying:
+                self.host.collect()
             most = sum(len(r.prompt_ids) + r.max_new_tokens for r in self.host.requests)
             self.host.run(overlaps=True, limit=50 + 4 * most)
             self.host.check_outputs()

@@ -17,11 +17,12 @@ HISTORY_CHUNK = 256
 def adjust(
     logits: Float32[Array, "B V"],
     params: SamplingState,
-    tokens: Int[Array, "B C"],
+    history: Int[Array, "R C"],
+    slots: Int[Array, " B"],
     lengths: Int[Array, " B"],
 ) -> Float32[Array, "B V"]:
     """Logits with penalties, then the ban on early stops, then biases."""
-    logits = penalize(logits, params, tokens, lengths)
+    logits = penalize(logits, params, history, slots, lengths)
     logits = forbid_early_stop(logits, params, lengths)
     return add_biases(logits, params)
 
@@ -29,7 +30,8 @@ def adjust(
 def penalize(
     logits: Float32[Array, "B V"],
     params: SamplingState,
-    tokens: Int[Array, "B C"],
+    history: Int[Array, "R C"],
+    slots: Int[Array, " B"],
     lengths: Int[Array, " B"],
 ) -> Float32[Array, "B V"]:
     """Logits minus frequency_penalty x count and presence_penalty x (count > 0), then divided by
@@ -42,7 +44,7 @@ def penalize(
 
     def apply(logits: Array) -> Array:
         starts = jnp.where(asks, params.prompt_lens, lengths)
-        counts = count_tokens(tokens, starts, lengths, logits.shape[1])
+        counts = count_tokens(history, slots, starts, lengths, logits.shape[1])
         seen = counts > 0
         lower = params.frequency_penalty[:, None] * counts.astype(jnp.float32)
         lower += jnp.where(seen, params.presence_penalty[:, None], 0)
@@ -55,13 +57,18 @@ def penalize(
 
 
 def count_tokens(
-    tokens: Int[Array, "B C"], starts: Int[Array, " B"], ends: Int[Array, " B"], V: int
+    history: Int[Array, "R C"],
+    slots: Int[Array, " B"],
+    starts: Int[Array, " B"],
+    ends: Int[Array, " B"],
+    V: int,
 ) -> Int32[Array, "B V"]:
-    """How often each token stands in `[starts, ends)` of its row.
+    """How often each token stands in `[starts, ends)` of `history[slot]`.
 
-    Works through the columns from the smallest start to the largest end, a chunk at a time.
+    Works through the columns from the smallest start to the largest end, a chunk at a time: the
+    rows' whole histories are never gathered.
     """
-    B, C = tokens.shape
+    B, C = slots.shape[0], history.shape[1]
     width = min(HISTORY_CHUNK, C)
     rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, width))
 
@@ -69,7 +76,7 @@ def count_tokens(
         start = jnp.minimum(chunk * width, C - width)  # the last chunk overlaps the one before
         place = (start + jnp.arange(width))[None, :]
         counted = (place >= starts[:, None]) & (place < ends[:, None]) & (place >= chunk * width)
-        columns = lax.dynamic_slice_in_dim(tokens, start, width, axis=1)
+        columns = lax.dynamic_slice_in_dim(history, start, width, axis=1)[slots]
         columns = jnp.where(counted & (columns >= 0), columns, NO_TOKEN)
         return counts.at[rows, columns].add(1, mode="drop")
 

@@ -17,16 +17,17 @@ UNUSABLE = -1
 def sample(
     logits: Float32[Array, "B V"],
     params: SamplingState,
-    tokens: Int[Array, "B C"],
+    history: Int[Array, "R C"],
+    slots: Int[Array, " B"],
     lengths: Int[Array, " B"],
 ) -> Int32[Array, " B"]:
     """The next token of each row, the argmax where its temperature is 0.
 
-    `tokens` holds each row's prompt and output so far, `lengths` of them, which is the position of
-    the token to come. A row gets UNUSABLE if its adjusted logits hold NaN or +inf or are all -inf.
+    `history[slots]` holds each row's prompt and output so far, `lengths` of them, which is the
+    position of the token to come. A row gets UNUSABLE if its adjusted logits hold NaN or +inf or are all -inf.
     No row depends on another.
     """
-    logits = adjust(logits, params, tokens, lengths)
+    logits = adjust(logits, params, history, slots, lengths)
     likeliest = jnp.argmax(logits, axis=1).astype(jnp.int32)
     is_random = params.temperature > 0
     drawn = lax.cond(is_random.any(), lambda: draw(logits, params, lengths), lambda: likeliest)

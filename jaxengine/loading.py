@@ -1,0 +1,92 @@
+"""From arguments to a model in memory: its files, configuration, tokenizer and parameters.
+It does not know what runs the model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxengine import models, weights
+from jaxengine.hub import read_json, resolve_model
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.shapes import SHAPES
+from jaxengine.server_args import ServerArgs
+from jaxengine.tokenizer import eos_token_ids, load_tokenizer
+
+DTYPES = {"half": "float16", "float": "float32"}  # other names that SGLang takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundModel:
+    """All of a checkpoint but its weights."""
+
+    folder: Path | None  # None for a built-in shape, which has no files
+    config: ModelConfig
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+
+
+def find_model(args: ServerArgs) -> FoundModel:
+    """The checkpoint that the arguments name; ValueError where there is none, or not all of it."""
+    folder, attributes = _files(args)
+    attributes = attributes | args.model_overrides
+    tokenizer = _tokenizer(args, folder)
+    path = folder / "generation_config.json" if folder is not None else None
+    generation = read_json(path) if path is not None and path.is_file() else None
+    return FoundModel(
+        folder=folder,
+        config=ModelConfig.from_dict(attributes),
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids(attributes, generation, tokenizer),
+    )
+
+
+def load_model(
+    args: ServerArgs, found: FoundModel, dtype: str, device: Any
+) -> tuple[nnx.GraphDef, Any]:
+    """The model's structure and its parameters, of `dtype`, on `device`."""
+    config = found.config
+    abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype))
+    with jax.default_device(device):
+        if args.load_format == "dummy" or found.folder is None:
+            params = weights.dummy_parameters(abstract, seed=args.random_seed or 0)
+        else:
+            params = weights.load_parameters(
+                found.folder,
+                abstract,
+                models.checkpoint_pieces(config),
+                is_ignorable=lambda name: models.is_ignorable(name, config),
+                progress=args.show_progress,
+            )
+    return nnx.graphdef(abstract), params
+
+
+def choose_dtype(args: ServerArgs, config: ModelConfig, is_cpu: bool) -> str:
+    """The type of weights and activations, in NumPy's spelling."""
+    if args.dtype != "auto":
+        return DTYPES.get(args.dtype, args.dtype)
+    # CPUs compute 16-bit types by way of float32: converting once is faster and no less exact.
+    return "float32" if is_cpu else config.dtype
+
+
+def _files(args: ServerArgs) -> tuple[Path | None, dict[str, Any]]:
+    name = args.model_path
+    if args.load_format == "dummy" and name in SHAPES and not Path(name).exists():
+        return None, SHAPES[name]
+    folder = resolve_model(name, revision=args.revision, download_dir=args.download_dir)
+    return folder, read_json(folder / "config.json")
+
+
+def _tokenizer(args: ServerArgs, folder: Path | None) -> Any:
+    if args.skip_tokenizer_init:
+        return None
+    path = args.tokenizer_path or folder
+    if path is None:
+        raise ValueError(
+            f"tokenizer_path: {args.model_path!r} is a built-in shape without a tokenizer; pass "
+            "one, or skip_tokenizer_init=True to give and get token ids"
+        )
+    return load_tokenizer(path, revision=args.revision, download_dir=args.download_dir)
