@@ -59,7 +59,9 @@ device = jax.devices()[0]
 name = model_path or "the embedded model"
 print(f"jaxengine {jaxengine.__version__}: loading {name} on {device.device_kind} ({device})")
 
-with jaxengine.Engine(model_path=model_path) as llm:
+# Smaller than the defaults: fewer steps to compile, so that the first start is short.
+sizes = {"max_running_requests": 32, "chunked_prefill_size": 512}
+with jaxengine.Engine(model_path=model_path, **sizes) as llm:
     for prompt in PROMPTS:
         show(llm, prompt, heading=prompt)
     if llm.tokenizer.chat_template:
@@ -71,5 +73,5 @@ print(f"""
 What to type next:
   {command()} chat                                       talk with this model
   {command()} chat --model Qwen/Qwen2.5-0.5B-Instruct    or another: a name on the hub, a folder
-  {command()} generate --stream "The json module"        continue a text; see --help
+  {command()} generate --stream "The global statement"   continue a text; see --help
 The programs in examples/ call the engine from Python; README.md tells the rest.""")

@@ -8,7 +8,12 @@ import asyncio
 
 import jaxengine
 
-PROMPTS = ["The import statement", "A dictionary is", "The json module", "A generator is"]
+PROMPTS = [
+    "The import statement",
+    "A dictionary is",
+    "The global statement",
+    "The with statement is used to",
+]
 
 
 async def describe(llm: jaxengine.Engine, prompt: str) -> str:

@@ -10,8 +10,8 @@ import jaxengine
 PROMPTS = [
     "The import statement",
     "A dictionary is",
-    "The json module",
-    "The for statement is used to",
+    "The global statement",
+    "The with statement is used to",
 ]
 
 parser = argparse.ArgumentParser(description="Generate for a batch of prompts.")

@@ -19,9 +19,9 @@ with jaxengine.Engine(model_path=parser.parse_args().model_path) as llm:
         print(f"{prompt!r} goes on:\n{stream_and_merge(llm, prompt, sampling_params)}\n")
 
     # Each chunk holds the whole text so far; what it adds is what follows the text before.
-    print("A function is", end="")
+    print("The global statement", end="")
     num_shown = 0
-    for chunk in llm.generate("A function is", sampling_params, stream=True):
+    for chunk in llm.generate("The global statement", sampling_params, stream=True):
         print(chunk["text"][num_shown:], end="", flush=True)
         num_shown = len(chunk["text"])
     print(f"\n\nIt ended because of {chunk['meta_info']['finish_reason']}.")

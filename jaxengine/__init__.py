@@ -26,10 +26,10 @@ HOMES = {
 }
 
 __all__ = [
-    "__version__",
     "Engine",
     "SamplingParams",
     "ServerArgs",
+    "__version__",
     "async_stream_and_merge",
     "stream_and_merge",
 ]

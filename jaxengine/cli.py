@@ -27,7 +27,7 @@ sentences about Python, needs no download, and shows that everything works.
 EXAMPLES = """\
 examples:
   jaxengine generate "The import statement"
-  jaxengine generate --stream --temperature 0 "The json module"
+  jaxengine generate --stream --temperature 0 "The global statement"
   jaxengine generate --file prompts.txt --json > completions.jsonl
   jaxengine generate --model Qwen/Qwen2.5-0.5B-Instruct "Paris is" "Rome is"
   jaxengine chat --model Qwen/Qwen2.5-0.5B-Instruct --system "Answer briefly."

@@ -135,6 +135,8 @@ def _typed() -> Iterator[str]:
         try:
             said = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
+            if sys.stdin.isatty():
+                _note("")  # ends the line of the prompt
             return
         except KeyboardInterrupt:
             _note("\n[/exit or Ctrl-D leaves]")

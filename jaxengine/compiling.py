@@ -22,18 +22,9 @@ class Bucket(NamedTuple):
     num_rows: int
 
 
-def decode_sizes(max_rows: int) -> tuple[int, ...]:
-    """Batch sizes a decode step is compiled for: close together where padding would cost most."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, max_rows, 32)]
-    return (*(size for size in sizes if size < max_rows), max_rows)
-
-
-def parts(largest: int, factor: int, least: int) -> tuple[int, ...]:
-    """`largest` and its parts by powers of `factor`, none below `least`, in ascending order."""
-    sizes = [largest]
-    while sizes[-1] // factor >= least:
-        sizes.append(sizes[-1] // factor)
-    return tuple(reversed(sizes))
+def rungs(ladder: Sequence[int], top: int) -> tuple[int, ...]:
+    """The sizes of a ladder below `top`, and `top` itself."""
+    return (*(size for size in ladder if size < top), top)
 
 
 def buckets(
@@ -56,9 +47,13 @@ def compile_all(
         futures = {
             threads.submit(lambda make=make: make().compile()): key for key, make in tasks.items()
         }
-        for future in as_completed(futures):
-            done[futures[future]] = future.result()
-            bar.update()
+        try:
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                bar.update()
+        except BaseException:  # Ctrl-C too: what has not begun need not be built any more
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     return done
 
 

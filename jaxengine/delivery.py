@@ -49,9 +49,9 @@ class Call:
 
     def abandon(self) -> None:
         """Aborts what nobody waits for any more."""
-        if self._unfinished:
+        if self._unfinished and self._loop.is_alive:  # at the exit little but flags may be used
             self._loop.abandon([self.requests[index] for index in self._unfinished])
-            self._unfinished.clear()
+        self._unfinished.clear()
 
     @property
     def is_done(self) -> bool:

@@ -102,7 +102,7 @@ class Loop:
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive() and not self._has_ended
+        return not self._has_ended and self._thread.is_alive()
 
     @property
     def num_live(self) -> int:

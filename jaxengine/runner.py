@@ -42,7 +42,8 @@ class StepPrograms:
         device: Any,
     ):
         self.device = device
-        self.params, self._params_tree = jax.tree.flatten(params)
+        leaves, self._params_tree = jax.tree.flatten(params)
+        self.params = self._placed(tuple(leaves))
         self._graphdef = graphdef
         self._num_layers = num_layers
         self._page_shape = page_shape
@@ -97,11 +98,10 @@ class StepPrograms:
         state = self.state_shapes
         step = partial(self._step, num_tokens=bucket.num_tokens)
         step.__name__ = f"step_{bucket.num_tokens}x{bucket.num_rows}"  # type: ignore[attr-defined]
-        shapes = self._placed(tuple(self.params))
         cache = self.cache_shapes(num_pages)
-        with _exact_float32(shapes):
+        with _exact_float32(self.params):
             return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
-                shapes, cache, state.tokens, state.page_table, state.sampling, rows
+                self.params, cache, state.tokens, state.page_table, state.sampling, rows
             )
 
     def lower_install(self) -> Any:
@@ -137,8 +137,14 @@ def _exact_float32(params: tuple[jax.ShapeDtypeStruct, ...]) -> AbstractContextM
 class Runner:
     """The compiled programs with the arrays they run on."""
 
-    def __init__(self, steps: StepPrograms, executables: Mapping[Any, Any], num_pages: int):
-        self._params = tuple(steps.params)
+    def __init__(
+        self,
+        steps: StepPrograms,
+        executables: Mapping[Any, Any],
+        params: Any,  # the tree of arrays whose shapes `steps` knows
+        num_pages: int,
+    ):
+        self._params = tuple(jax.tree.leaves(params))
         self._install = executables[INSTALL]
         self._steps: dict[Bucket, Any] = {
             key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
@@ -171,10 +177,13 @@ class Runner:
         return np.asarray(drawn).tolist()
 
     def close(self) -> None:
-        """Gives the device memory back."""
+        """Gives the device memory back. Nothing of the device is left to be freed later, perhaps
+        when the interpreter is half gone already."""
         for leaf in jax.tree.leaves((self._params, self._cache, self._state)):
             if not leaf.is_deleted():
                 leaf.delete()
+        self._params = self._cache = ()
+        del self._state, self._install, self._steps
 
     def _run(self, bucket: Bucket, packed: np.ndarray) -> jax.Array:
         state = self._state

@@ -4,13 +4,20 @@ only."""
 import warnings
 from dataclasses import dataclass
 
-from jaxengine.compiling import Bucket, buckets, decode_sizes, parts
+from jaxengine.compiling import Bucket, buckets, rungs
 from jaxengine.memory import GIB
 from jaxengine.server_args import ServerArgs
 
 # Least device memory in GiB -> prompt tokens of a step, running requests.
 GPU_DEFAULTS = ((60, 8192, 256), (35, 4096, 64), (20, 2048, 32), (0, 2048, 16))
 CPU_DEFAULTS = (512, 16)
+
+# Sizes of compiled steps: close together where padding costs most; on a CPU, where compiling does
+# and padding does not, few and far between.
+GPU_DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GPU_EXTEND = (64, 256, 1024, 2048, 4096, 8192, 16384)
+CPU_DECODE = (1, 4, 16, 64, 256)
+CPU_EXTEND = (32, 512, 8192)
 FEW_ROWS = 8  # an extend step of a few prompts need not pay for the logits of a full batch
 
 
@@ -59,16 +66,9 @@ def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_c
 def _buckets(
     decode: tuple[int, ...] | None, max_decode: int, chunk_size: int, max_running: int, is_cpu: bool
 ) -> tuple[Bucket, ...]:
-    """On a CPU few and far between: compiling costs more there than padding."""
-    if is_cpu:
-        default = parts(max_decode, factor=4, least=1)
-        extend, rows = parts(chunk_size, factor=16, least=16), [max_running]
-    else:
-        default = decode_sizes(max_decode)
-        extend, rows = (
-            parts(chunk_size, factor=2, least=16),
-            [min(FEW_ROWS, max_running), max_running],
-        )
+    extend = rungs(CPU_EXTEND if is_cpu else GPU_EXTEND, chunk_size)
+    rows = [max_running] if is_cpu else [min(FEW_ROWS, max_running), max_running]
+    default = rungs(CPU_DECODE if is_cpu else GPU_DECODE, max_decode)
     chosen = [size for size in decode or default if size <= max_running]
     return buckets(chosen, extend, rows)
 

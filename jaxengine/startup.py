@@ -135,7 +135,7 @@ def start(args: ServerArgs) -> Started:
     with _phase("compile", seconds):
         num_pages, executables = _compile(args, programs, sizes)
     with _phase("warm up", seconds):
-        runner = Runner(programs, executables, num_pages)
+        runner = Runner(programs, executables, params, num_pages)
     demand = _demand(programs, executables)
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
     counter = CompileCounter()

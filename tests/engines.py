@@ -1,12 +1,17 @@
-"""One small engine for all tests of the public interface, on the embedded model; its books are
-checked after every step. A pytest plugin, so that the whole session shares it."""
+"""Engines for tests, and their books checked after every step. A pytest plugin, so that the whole
+session shares what is slow to make: one engine on the embedded model, one tiny checkpoint."""
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from jaxengine import Engine
+import jaxengine
 
 SMALL: dict[str, Any] = dict(
     max_running_requests=4,
@@ -18,20 +23,36 @@ SMALL: dict[str, Any] = dict(
     show_progress=False,
     device="cpu",
 )
-"""Sizes for which two steps are compiled."""
+"""Sizes of the shared engine, for which two steps are compiled."""
+
+TINY: dict[str, Any] = dict(
+    max_running_requests=2,
+    chunked_prefill_size=16,
+    page_size=4,
+    context_length=256,
+    max_total_tokens=512,
+    cuda_graph_bs=[2],
+    skip_tokenizer_init=True,
+    show_progress=False,
+    device="cpu",
+)
+"""Sizes of the engines that one test makes for itself."""
+
+NAN_TOKEN = 300  # its embedding in the tiny checkpoint is no number
+
+MakeEngine = Callable[..., jaxengine.Engine]
 
 
 @pytest.fixture(scope="session")
-def shared_engine() -> Iterator[Engine]:
-    with Engine(**SMALL) as engine:
-        loop = engine._loop
-        loop.after_step = loop.scheduler.check_integrity
+def shared_engine() -> Iterator[jaxengine.Engine]:
+    with jaxengine.Engine(**SMALL) as engine:
+        check_books(engine)
         yield engine
-        assert loop.error is None
+        assert engine._loop.error is None
 
 
 @pytest.fixture
-def demo_engine(shared_engine: Engine) -> Iterator[Engine]:
+def demo_engine(shared_engine: jaxengine.Engine) -> Iterator[jaxengine.Engine]:
     """The shared engine, idle before and after: no test leaves a request or a page behind."""
     assert num_unfinished(shared_engine) == 0
     yield shared_engine
@@ -42,7 +63,62 @@ def demo_engine(shared_engine: Engine) -> Iterator[Engine]:
     assert loop.scheduler.pool.num_free == loop.scheduler.pool.num_pages
 
 
-def num_unfinished(engine: Engine) -> int:
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import save_checkpoint, tiny_config  # slow, and few sessions need it
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tensors = save_checkpoint(folder, tiny_config("qwen3"))
+    tensors["model.embed_tokens.weight"][NAN_TOKEN] = np.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def make_engine(tiny_checkpoint: Path) -> Iterator[MakeEngine]:
+    """Engines on a tiny random model without a tokenizer, shut down afterwards."""
+    made = []
+
+    def make(**arguments: Any) -> jaxengine.Engine:
+        engine = jaxengine.Engine(**{"model_path": str(tiny_checkpoint), **TINY, **arguments})
+        made.append(engine._finalizer)  # it does not keep the engine alive
+        check_books(engine)
+        return engine
+
+    yield make
+    for shutdown in made:
+        shutdown()
+
+
+def check_books(engine: jaxengine.Engine) -> None:
+    engine._loop.after_step = engine._loop.scheduler.check_integrity
+
+
+def num_unfinished(engine: jaxengine.Engine) -> int:
     """Requests that run or wait, once the loop has done what it was told before."""
     loop = engine._loop
     return loop.call(lambda: loop.num_live).result()
+
+
+class InBackground:
+    """A call on a thread of its own, once the engine has heard of it; and what came of it."""
+
+    def __init__(self, engine: jaxengine.Engine, call: Callable[[], Any]):
+        self.result: Any = None
+        self.error: BaseException | None = None
+        before = num_unfinished(engine)
+        self._thread = threading.Thread(target=self._run, args=[call])
+        self._thread.start()
+        while num_unfinished(engine) == before:
+            time.sleep(0.001)
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self.result = call()
+        except BaseException as error:
+            self.error = error
+
+    def join(self) -> "InBackground":
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self

@@ -37,11 +37,9 @@ def test_results_have_the_order_of_the_prompts_whatever_their_lengths(demo_engin
 
 def test_samples_of_a_prompt_are_a_flat_list(demo_engine):
     params = {"n": 3, "max_new_tokens": 8, "sampling_seed": 1}
-    assert len(demo_engine.generate(PROMPT, params)) == 3
-    results = demo_engine.generate(PROMPTS[:2], params)
-    texts = [result["text"] for result in results]
-    assert len(set(texts)) == 6
-    assert texts[:3] == [result["text"] for result in demo_engine.generate(PROMPT, params)]
+    of_one = demo_engine.generate("The", params)
+    texts = [result["text"] for result in demo_engine.generate(["The", "A"], params)]
+    assert len(set(texts)) == 6 and texts[:3] == [result["text"] for result in of_one]
 
 
 def test_a_result_has_these_keys_and_no_others(demo_engine):
@@ -67,7 +65,7 @@ def test_a_result_has_these_keys_and_no_others(demo_engine):
 def test_greedy_text_is_prose_and_always_the_same(demo_engine):
     texts = {greedy(demo_engine)["text"] for _ in range(3)}
     texts |= {result["text"] for result in greedy(demo_engine, [PROMPT] * 6)}
-    assert texts == {' of the form "from ... import *" binds'}
+    assert texts == {' of the form "from ... import *" binds all'}
 
 
 def test_parameters_may_be_an_object(demo_engine):
@@ -97,6 +95,7 @@ def test_the_end_token_stops_is_counted_and_is_not_shown(demo_engine):
 
 
 def test_a_chat_answer_ends_by_itself(demo_engine):
+    pytest.importorskip("jinja2", reason="chat templates need jinja2")
     messages = [{"role": "user", "content": "Hello!"}]
     template = demo_engine.tokenizer.apply_chat_template
     prompt = template(messages, tokenize=False, add_generation_prompt=True)
@@ -147,7 +146,7 @@ def test_a_stop_token_stops(demo_engine):
         ({"stop": "from"}, "from", ' of the form "'),
         ({"stop": ["zzz", "rom ..."]}, "rom ...", ' of the form "f'),
         ({"stop": "rom ...", "no_stop_trim": True}, "rom ...", ' of the form "from ...'),
-        ({"stop_regex": r"f\w+m"}, r"f\w+m", ' of the form "from'),
+        ({"stop_regex": r"fr\w+m"}, r"fr\w+m", ' of the form "from'),
         ({"stop": "from", "stop_regex": "f.{30}"}, "from", ' of the form "'),
         ({"stop": "from", "ignore_eos": True}, "from", ' of the form "'),
     ],
@@ -163,7 +162,7 @@ def test_stop_strings_and_expressions(demo_engine, params, matched, text):
 
 
 def test_a_stop_string_that_does_not_come_changes_nothing(demo_engine):
-    assert greedy(demo_engine, stop="binds ")["text"] == greedy(demo_engine)["text"]
+    assert greedy(demo_engine, stop="binds alles")["text"] == greedy(demo_engine)["text"]
 
 
 # How much
@@ -226,8 +225,8 @@ def test_a_bias_forces_or_forbids_a_token_of_its_own_request_only(demo_engine):
 
 @pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty", "repetition_penalty"])
 def test_penalties_make_the_text_more_varied(demo_engine, name):
-    plain = greedy(demo_engine, "a a a a a a a a", max_new_tokens=48, ignore_eos=True)
-    varied = greedy(demo_engine, "a a a a a a a a", max_new_tokens=48, ignore_eos=True, **{name: 2})
+    plain = greedy(demo_engine, "import import", max_new_tokens=48, ignore_eos=True)
+    varied = greedy(demo_engine, "import import", max_new_tokens=48, ignore_eos=True, **{name: 2})
     assert len(set(varied["output_ids"])) > len(set(plain["output_ids"]))
 
 
@@ -239,16 +238,16 @@ def test_the_narrowest_filters_are_greedy(demo_engine, params):
 
 def test_a_seed_gives_the_same_text_alone_in_company_and_for_text_already_cached(demo_engine):
     params: dict = dict(temperature=1.0, max_new_tokens=16, sampling_seed=42)
-    alone = demo_engine.generate(PROMPT, params)["text"]
+    alone = demo_engine.generate("The", params)["text"]
     others: list[dict] = [dict(params, sampling_seed=seed) for seed in range(4)]
-    results = demo_engine.generate([*PROMPTS[1:], PROMPT], [*others, params])
-    assert results[-1]["text"] == alone == demo_engine.generate(PROMPT, params)["text"]
-    assert demo_engine.generate(PROMPT, params | {"sampling_seed": 43})["text"] != alone
+    results = demo_engine.generate([*PROMPTS[1:], "The"], [*others, params])
+    assert results[-1]["text"] == alone == demo_engine.generate("The", params)["text"]
+    assert demo_engine.generate("The", params | {"sampling_seed": 43})["text"] != alone
 
 
 def test_without_a_seed_every_call_draws_anew(demo_engine):
     params = {"temperature": 1.0, "max_new_tokens": 16}
-    texts = {demo_engine.generate(PROMPT, params)["text"] for _ in range(3)}
+    texts = {demo_engine.generate("The", params)["text"] for _ in range(3)}
     assert len(texts) == 3
 
 

@@ -10,14 +10,17 @@ import pytest
 import jaxengine
 from jaxengine.engine import Engine
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 OFFLINE = sorted(path.name for path in EXAMPLES.glob("offline_*.py"))
 
 
 @pytest.fixture(scope="module")
 def shared_engine() -> Iterator[Engine]:
     """One for all, with few steps to compile; those of the examples would take longer."""
-    sizes = dict(context_length=256, max_running_requests=8, chunked_prefill_size=32)
+    sizes: dict[str, Any] = dict(
+        context_length=256, max_running_requests=8, chunked_prefill_size=32
+    )
     with Engine(**sizes, cuda_graph_bs=[8], show_progress=False, random_seed=0) as engine:
         yield engine
 
@@ -83,3 +86,17 @@ def test_the_demo_shows_text_speed_and_what_to_type_next(
     assert re.search(r"\nYou: What is the json module\?\nModel: .{20}", out)
     assert re.search(r"\n32 completions at once: \d+ tokens in .* s, \d+ tok/s\n", out)
     assert "jaxengine chat" in lines[-4] and "README.md" in lines[-1]
+
+
+@pytest.mark.parametrize("folder", ["jaxengine", "models", "pallas_kernels"])
+def test_the_map_in_the_readme_names_every_source_file(folder: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"[a-z0-9_]+\.py(?=`)", readme))
+    assert files <= named, f"not on the map: {sorted(files - named)}"
+
+
+def test_the_readme_speaks_of_files_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    known = {path.name for path in ROOT.rglob("*.py") if ".venv" not in str(path)}
+    assert set(re.findall(r"`(?:\w+/)*(\w+\.py)`", readme)) <= known

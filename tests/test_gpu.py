@@ -1,5 +1,5 @@
-"""On a GPU: the engine's tokens are the CPU's, the embedded model speaks, and models of real size run,
-with their numbers printed (`make test-gpu`)."""
+"""On a GPU: the engine's tokens are the CPU's, the embedded model speaks, and models of real size
+run, with their numbers printed (`make test-gpu`)."""
 
 import random
 import time
@@ -17,7 +17,9 @@ from jaxengine import Engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-SMALL: dict[str, Any] = dict(page_size=16, max_running_requests=16, chunked_prefill_size=128, cuda_graph_bs=[16])
+SMALL: dict[str, Any] = dict(
+    page_size=16, max_running_requests=16, chunked_prefill_size=128, cuda_graph_bs=[16]
+)
 
 
 def greedy(count: int) -> dict[str, Any]:
@@ -34,7 +36,9 @@ def test_float32_tokens_equal_the_naive_loop_on_the_cpu(
 ) -> None:
     save_checkpoint(tmp_path, tiny_config(family, **overrides), seed=1)
     rng = random.Random(0)
-    prompts = [[rng.randrange(3, 320) for _ in range(rng.choice([1, 5, 40, 150]))] for _ in range(24)]
+    prompts = [
+        [rng.randrange(3, 320) for _ in range(rng.choice([1, 5, 40, 150]))] for _ in range(24)
+    ]
     with jax.default_device(jax.devices("cpu")[0]):
         naive = naive_greedy(tmp_path, 256)
         expected = [naive(prompt, 20) for prompt in prompts]

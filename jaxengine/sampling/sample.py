@@ -24,8 +24,8 @@ def sample(
     """The next token of each row, the argmax where its temperature is 0.
 
     `history[slots]` holds each row's prompt and output so far, `lengths` of them, which is the
-    position of the token to come. A row gets UNUSABLE if its adjusted logits hold NaN or +inf or are all -inf.
-    No row depends on another.
+    position of the token to come. A row gets UNUSABLE if its adjusted logits hold NaN or +inf or
+    are all -inf. No row depends on another.
     """
     logits = adjust(logits, params, history, slots, lengths)
     likeliest = jnp.argmax(logits, axis=1).astype(jnp.int32)

@@ -1,0 +1,47 @@
+"""Building executables side by side, and counting what is built later."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxengine.compiling import CompileCounter, compile_all
+
+
+def lowering(size: int):
+    return jax.jit(lambda x: x * 2 + size).lower(jax.ShapeDtypeStruct((size,), jnp.float32))
+
+
+def test_all_are_built_whatever_the_number_of_threads() -> None:
+    for num_threads in (1, 4):
+        tasks = {size: lambda size=size: lowering(size) for size in (1, 2, 3)}
+        built = compile_all(tasks, num_threads=num_threads, shows_progress=False)
+        for size in tasks:
+            np.testing.assert_array_equal(
+                built[size](np.ones(size, np.float32)), [2.0 + size] * size
+            )
+
+
+def test_a_failure_is_raised() -> None:
+    def fail():
+        raise ValueError("cannot be lowered")
+
+    with pytest.raises(ValueError, match="cannot be lowered"):
+        compile_all({1: lambda: lowering(1), 2: fail}, num_threads=2, shows_progress=False)
+
+
+def test_the_counter_sees_its_own_thread_alone() -> None:
+    counter = CompileCounter()
+    counter.start()
+    other = threading.Thread(target=lambda: jax.jit(lambda x: x - 7)(jnp.ones(3)))
+    other.start()
+    other.join()
+    assert counter.count == 0
+    jax.jit(lambda x: x - 8)(np.ones(3))
+    assert counter.count > 0
+    seen = counter.count
+    counter.close()
+    jax.jit(lambda x: x - 9)(np.ones(3))
+    assert counter.count == seen

@@ -1,0 +1,79 @@
+"""The sizes an engine starts with."""
+
+from typing import Any
+
+import pytest
+
+from jaxengine.compiling import Bucket, buckets, rungs
+from jaxengine.memory import GIB
+from jaxengine.server_args import ServerArgs
+from jaxengine.sizing import Sizes, choose_sizes
+
+
+def sizes(*, memory: float = 141, is_cpu: bool = False, **arguments: Any) -> Sizes:
+    return choose_sizes(
+        ServerArgs(**arguments),
+        max_position=4096,
+        device_bytes=int(memory * GIB),
+        is_cpu=is_cpu,
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "chunk", "rows"), [(141, 8192, 256), (48, 4096, 64), (24, 2048, 32), (8, 2048, 16)]
+)
+def test_a_larger_gpu_runs_more_at_a_time(memory: float, chunk: int, rows: int) -> None:
+    chosen = sizes(memory=memory)
+    assert (chosen.chunk_size, chosen.max_running_requests) == (chunk, rows)
+
+
+def test_every_plan_that_a_scheduler_may_make_has_a_step() -> None:
+    cases: tuple[dict[str, Any], ...] = (
+        {},
+        {"cuda_graph_max_bs": 4},
+        {"cuda_graph_bs": [3, 500]},
+        {"chunked_prefill_size": 40, "max_running_requests": 100},
+        {"chunked_prefill_size": -1, "max_running_requests": 5},
+    )
+    for arguments in cases:
+        for is_cpu in (False, True):
+            chosen = sizes(is_cpu=is_cpu, **arguments)
+            rows = chosen.max_running_requests
+            assert chosen.chunk_size >= rows
+            assert max(chosen.buckets) == Bucket(chosen.chunk_size, rows)
+            assert all(bucket.num_rows <= bucket.num_tokens for bucket in chosen.buckets)
+            assert list(chosen.buckets) == sorted(set(chosen.buckets))
+
+
+def test_without_chunks_a_step_holds_the_longest_prompt() -> None:
+    chosen = sizes(chunked_prefill_size=-1, context_length=4096, max_prefill_tokens=100)
+    assert not chosen.can_chunk
+    assert chosen.chunk_size == 4096
+
+
+def test_a_context_beyond_the_models_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="context_length: 5000 is beyond the 4096 positions"):
+        assert sizes(context_length=5000).context_length == 5000
+
+
+def test_the_rungs_of_a_ladder_end_at_the_top() -> None:
+    assert rungs((1, 4, 16), 9) == (1, 4, 9)
+    assert rungs((1, 4, 16), 16) == (1, 4, 16)
+    assert rungs((32, 512), 6) == (6,)
+
+
+def test_sizes_on_a_gpu_pad_little() -> None:
+    chosen = [bucket.num_rows for bucket in sizes().buckets if bucket.num_tokens == bucket.num_rows]
+    assert chosen[0] == 1 and chosen[-1] == 256
+    assert all(b <= 2 * a for a, b in zip(chosen, chosen[1:], strict=False))
+
+
+def test_buckets_have_no_more_rows_than_tokens() -> None:
+    assert buckets([1, 4], [16, 64], [8, 32]) == (
+        Bucket(1, 1),
+        Bucket(4, 4),
+        Bucket(16, 8),
+        Bucket(16, 16),
+        Bucket(64, 8),
+        Bucket(64, 32),
+    )
