@@ -61,7 +61,7 @@ def run_example(
         monkeypatch.setattr(jaxengine, "Engine", lend)
         monkeypatch.setattr(sys, "argv", [name])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        assert made == [{"model_path": None}]
+        assert [given["model_path"] for given in made] == [None]
         return capsys.readouterr().out
 
     return run
