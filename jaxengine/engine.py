@@ -154,7 +154,7 @@ class Engine:
 
     def _call(self, prompt, sampling_params, input_ids, stream, rid, priority, unavailable) -> Call:
         if not self._loop.is_alive:
-            raise RuntimeError(self._loop.end_message) from self._loop.error
+            raise self._loop.refusal()
         refuse_unavailable(unavailable)
         args = self.server_args
         has_priority = args.enable_priority_scheduling or args.schedule_policy == "priority"

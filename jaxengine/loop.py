@@ -256,14 +256,17 @@ class Loop:
             except queue.Empty:
                 return
             if future.set_running_or_notify_cancel():
-                future.set_exception(RuntimeError(self.end_message))
+                future.set_exception(self.refusal())
 
-    @property
-    def end_message(self) -> str:
-        """Why a stopped loop takes no more requests."""
-        if self.error is not None:
-            return f"this engine failed and takes no more requests: {self.error!r}"
-        return "this engine was shut down and takes no more requests; make a new one"
+    def refusal(self) -> RuntimeError:
+        """Why a loop that has ended takes no more requests."""
+        if self.error is None:
+            return RuntimeError(
+                "this engine was shut down and takes no more requests; make a new one"
+            )
+        refusal = RuntimeError(f"this engine failed and takes no more requests: {self.error!r}")
+        refusal.__cause__ = self.error
+        return refusal
 
 
 def stop_reason(request: Request, token: int) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ SMALL: dict[str, Any] = dict(
     show_progress=False,
     device="cpu",
 )
-"""Sizes of the shared engine, for which two steps are compiled."""
+"""Sizes of the shared engine, for which few steps are compiled."""
 
 TINY: dict[str, Any] = dict(
     max_running_requests=2,

@@ -82,7 +82,9 @@ def is_prose(text):
     )
 
 
-@pytest.mark.parametrize("prompt", ["The import statement", "A dictionary is", "The with statement"])
+@pytest.mark.parametrize(
+    "prompt", ["The import statement", "A dictionary is", "The with statement"]
+)
 def test_it_continues_a_phrase_with_prose(parts, tokenizer, prompt):
     text = tokenizer.decode(continuation(parts, tokenizer, tokenizer(prompt).input_ids, 64))
     assert is_prose(prompt + text), text
