@@ -60,8 +60,8 @@ name = model_path or "the embedded model"
 print(f"jaxengine {jaxengine.__version__}: loading {name} on {device.device_kind} ({device})")
 
 # Smaller than the defaults: fewer steps to compile, so that the first start is short.
-sizes = {"max_running_requests": 32, "chunked_prefill_size": 512}
-with jaxengine.Engine(model_path=model_path, **sizes) as llm:
+engine = jaxengine.Engine(model_path=model_path, max_running_requests=32, chunked_prefill_size=512)
+with engine as llm:
     for prompt in PROMPTS:
         show(llm, prompt, heading=prompt)
     if llm.tokenizer.chat_template:
