@@ -12,7 +12,7 @@ assert checkout not in installed.parents, f"{installed} is the checkout itself"
 wanted = {
     path.relative_to(checkout / "jaxengine")
     for path in (checkout / "jaxengine").rglob("*")
-    if path.is_file() and path.suffix != ".pyc"
+    if path.is_file() and path.suffix != ".pyc" and path.name != "LOG.md"
 }
 for folder in ("models", "pallas_kernels"):
     wanted |= {path.relative_to(checkout) for path in (checkout / folder).glob("*.py")}
