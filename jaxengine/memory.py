@@ -47,16 +47,19 @@ def num_pages_that_fit(
         ValueError: not a single page fits; the message has the numbers.
     """
     total = device_bytes(device)
-    spoken_for = demand.weights + demand.state + demand.steps + LIBRARY_BYTES
+    in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
+    held = max(in_use, demand.weights)  # by these weights, and by what else lives in the process
+    spoken_for = held + demand.state + demand.steps + LIBRARY_BYTES
     room = int(total * DEVICE_FRACTION) - spoken_for
     if mem_fraction_static is not None:
         room = min(room, int(total * mem_fraction_static) - demand.weights)
     if room < page_bytes:
         raise ValueError(
-            f"no memory left for the KV cache: the device offers {total / GIB:.2f} GiB, weights "
-            f"take {demand.weights / GIB:.2f}, request state {demand.state / GIB:.2f}, the largest "
-            f"step {demand.steps / GIB:.2f}; raise mem_fraction_static ({mem_fraction_static}), or "
-            "lower chunked_prefill_size, max_running_requests or context_length"
+            f"no memory left for the KV cache: the device offers {total / GIB:.2f} GiB, of which "
+            f"{held / GIB:.2f} are in use, weights take {demand.weights / GIB:.2f}, request state "
+            f"{demand.state / GIB:.2f}, the largest step {demand.steps / GIB:.2f}; raise "
+            f"mem_fraction_static ({mem_fraction_static}), or lower chunked_prefill_size, "
+            "max_running_requests or context_length"
         )
     return room // page_bytes
 

@@ -35,8 +35,16 @@ def test_a_fraction_limits_weights_and_pool_together() -> None:
     assert fit(0.99, weights=16, steps=40) < fit(0.99, weights=16)
 
 
+def test_what_else_lives_in_the_process_is_left_alone() -> None:
+    device = Device({"bytes_limit": 100 * GIB, "bytes_in_use": 60 * GIB})
+    demand = Demand(weights=10 * GIB, state=0, steps=0)
+    assert num_pages_that_fit(device, demand, PAGE, mem_fraction_static=None) * PAGE < 40 * GIB
+
+
 def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match="100.00 GiB, weights take 99.00") as error:
+    with pytest.raises(
+        ValueError, match="100.00 GiB, of which 99.00 are in use, weights take 99.00"
+    ) as error:
         fit(None, weights=99)
     assert "lower chunked_prefill_size" in str(error.value)
     with pytest.raises(ValueError, match=r"raise mem_fraction_static \(0.1\)"):
