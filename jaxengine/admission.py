@@ -12,9 +12,8 @@ from typing import Any
 
 from jaxengine.inputs import Entry
 from jaxengine.request import Request
-from jaxengine.sampling_params import SamplingParams
+from jaxengine.sampling_params import DefaultLength, SamplingParams
 
-DEFAULT_MAX_NEW_TOKENS = SamplingParams().max_new_tokens
 SEED_BITS = 63
 
 
@@ -96,8 +95,8 @@ def _max_new_tokens(sampling: SamplingParams, prompt_len: int, limits: Limits) -
     asked = sampling.max_new_tokens
     if asked is None:
         return room
-    if asked <= room or asked == DEFAULT_MAX_NEW_TOKENS or limits.truncates:
-        return min(asked, room)
+    if asked <= room or isinstance(asked, DefaultLength) or limits.truncates:
+        return min(int(asked), room)
     raise ValueError(
         f"max_new_tokens: {prompt_len} prompt tokens and {asked} new ones do not fit "
         f"{_limit(limits)}"

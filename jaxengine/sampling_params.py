@@ -49,6 +49,14 @@ UNAVAILABLE = {
 """Fields known by name whose feature does not exist yet: setting one is refused, never ignored."""
 
 
+class DefaultLength(int):
+    """`max_new_tokens` where nobody asked for any: unlike the same number written out, it gives way
+    to what fits."""
+
+
+DEFAULT_MAX_NEW_TOKENS = DefaultLength(128)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request. `None` for a number means its default.
@@ -56,7 +64,9 @@ class SamplingParams:
     Raises ValueError naming the field, what was expected and what came.
     """
 
-    max_new_tokens: int | None = 128  # None: as many as context and KV pool allow
+    max_new_tokens: int | None = (
+        DEFAULT_MAX_NEW_TOKENS  # None: as many as context and KV pool allow
+    )
     stop: str | list[str] | tuple[str, ...] | None = None
     stop_token_ids: list[int] | tuple[int, ...] | None = None
     stop_regex: str | list[str] | tuple[str, ...] | None = None
@@ -162,7 +172,7 @@ class SamplingParams:
         if value is not None:
             if not _is_integer(value) or not accepts(value):
                 raise ValueError(f"{name}: expected an integer {expected}, got {value!r}")
-            value = int(value)
+            value = value if value is _default_of(name) else int(value)
         self._set(name, value)
 
     def _set_flags(self) -> None:

@@ -67,6 +67,7 @@ class Started:
         """What `Engine.get_server_info` returns."""
         return {
             **asdict(self.args),
+            "served_model_name": self.args.served_model_name or self.args.model_path,
             "status": "ready" if self.loop.is_alive else "stopped",
             "version": __version__,
             "device": str(self.device),
@@ -98,7 +99,7 @@ class Started:
 
 
 def start(args: ServerArgs) -> Started:
-    """A loop that is running and has nothing left to compile.
+    """A loop that is running and has nothing left to compile. Long, as it lists all the parts.
 
     Raises:
         ValueError: a model, tokenizer, device or size that cannot be had, with the reason.

@@ -58,6 +58,11 @@ def test_the_default_length_is_that_of_sglang():
     assert made(of=limits(context=1000)).max_new_tokens == 128
 
 
+def test_the_default_written_out_is_a_wish_like_any_other():
+    with pytest.raises(ValueError, match="^max_new_tokens: 1 prompt tokens and 128 new ones"):
+        made([1], max_new_tokens=128)
+
+
 @pytest.mark.parametrize("length", [64, 65, 1000])
 def test_a_prompt_without_room_for_an_answer_is_refused(length):
     with pytest.raises(ValueError, match=f"^input_ids: {length} tokens.* raise context_length"):
