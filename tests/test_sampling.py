@@ -1,5 +1,6 @@
 """Sampling against hand-written distributions, float64 oracles, and exact frequencies."""
 
+import itertools
 import re
 from typing import Any
 
@@ -7,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import threefry_2x32
 from numerics import kept_exact, sampling_probs_exact, softmax_exact
 from scipy import stats
 
+from jaxengine.pallas_kernels import noise as noises
 from jaxengine.sampling import SamplingState, empty_state, install, pack, sample
-from jaxengine.sampling.adjust import count_tokens
-from jaxengine.sampling.noise import gumbel
-from jaxengine.sampling.threshold import find_threshold, to_ordinal
+from jaxengine.sampling.adjust import adjust, count_tokens, tokens_between
+from jaxengine.sampling.draw import add_up, by_groups, draw
+from jaxengine.sampling.filters import find_limits, keeps
 from jaxengine.sampling_params import SamplingParams
 
 NUM_STOP_IDS, NUM_BIAS = 4, 8
@@ -39,7 +42,7 @@ def state_of(
             num_stop_ids=NUM_STOP_IDS,
             num_bias=NUM_BIAS,
         )
-        state = jax.jit(install)(state, jnp.int32(slot), jnp.asarray(packed))
+        state = jax.jit(install)(state, jnp.asarray([slot]), jnp.asarray(packed)[None])
     return state
 
 
@@ -73,9 +76,22 @@ def sample_rows(
 
 
 def kept_rows(logits, params: list[SamplingParams]) -> np.ndarray:
-    logits = jnp.asarray(logits, jnp.float32)
-    threshold = jax.jit(find_threshold)(logits, state_of(params))
-    return np.asarray(to_ordinal(logits) > threshold[:, None])
+    """[B V]: which tokens pass the test that the draw puts its own to."""
+    return np.asarray(keeps_each(jnp.asarray(logits, jnp.float32), state_of(params)))
+
+
+@jax.jit
+def keeps_each(logits, params):
+    rows = by_groups(logits, params, jnp.zeros(len(logits), jnp.int32))
+    nothing = jnp.full_like(rows.top, -jnp.inf)
+    total = add_up(rows, nothing, nothing).mass.sum(axis=1)
+    limits = find_limits(params, rows.top, total, logits.shape[1])
+
+    def test(logit):
+        above = add_up(rows, logit, limits.floor)
+        return keeps(limits, logit, above.count.sum(axis=1), above.mass.sum(axis=1))
+
+    return jax.lax.map(test, logits.T).T
 
 
 def same(token: int, rows: int) -> list[int]:
@@ -101,7 +117,7 @@ def test_packed_parameters_arrive_in_their_slot_and_nowhere_else():
     packed = pack(params, prompt_len=11, seed=-2, stop_ids=(9, 2), **room)
     assert packed.dtype == np.int32
     before = empty_state(3, **room)
-    after = install(before, jnp.int32(1), jnp.asarray(packed))
+    after = install(before, jnp.asarray([1]), jnp.asarray(packed)[None])
     got: Any = jax.tree.map(lambda field: np.asarray(field[1]), after)
     for name in ("temperature", "top_p", "min_p", "frequency_penalty", "repetition_penalty"):
         assert getattr(got, name) == np.float32(getattr(params, name)), name
@@ -116,7 +132,7 @@ def test_packed_parameters_arrive_in_their_slot_and_nowhere_else():
 def test_a_slot_beyond_the_last_installs_nothing():
     state = empty_state(2, NUM_STOP_IDS, NUM_BIAS)
     packed = np.full_like(pack_default(), 7)
-    after = install(state, jnp.int32(2), jnp.asarray(packed))
+    after = install(state, jnp.asarray([2]), jnp.asarray(packed)[None])
     for old, new in zip(state, after, strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -128,7 +144,8 @@ def pack_default(**params) -> np.ndarray:
 
 def test_extreme_numbers_stay_finite_in_float32():
     packed = pack_default(temperature=1e300, logit_bias={0: -1e300})
-    state = install(empty_state(1, NUM_STOP_IDS, NUM_BIAS), jnp.int32(0), jnp.asarray(packed))
+    state = empty_state(1, NUM_STOP_IDS, NUM_BIAS)
+    state = install(state, jnp.asarray([0]), jnp.asarray(packed)[None])
     assert np.isfinite(state.temperature).all() and np.isfinite(state.bias_values).all()
 
 
@@ -203,18 +220,25 @@ def test_repetition_penalty_lowers_negative_logits_too():
 
 
 @pytest.mark.parametrize("C", [1, 255, 256, 257, 700])
-def test_counts_are_those_of_numpy_over_chunk_borders(rng, C):
+def test_counts_are_those_of_numpy(rng, C):
     B, V = 5, 37
     tokens = rng.integers(0, V, (B, C))
     starts = rng.integers(0, C, B)
     ends = np.minimum(starts + rng.integers(0, C + 1, B), C)
     slots = rng.permutation(B)
-    got = jax.jit(count_tokens, static_argnums=4)(
-        *(jnp.asarray(a, jnp.int32) for a in (tokens, slots, starts, ends)), V
-    )
+    arguments = (jnp.asarray(a, jnp.int32) for a in (tokens, slots, starts, ends))
+    got = jax.jit(lambda *a: count_tokens(tokens_between(*a), V))(*arguments)
     for row in range(B):
         expected = np.bincount(tokens[slots[row], starts[row] : ends[row]], minlength=V)
         np.testing.assert_array_equal(got[row], expected)
+
+
+def test_adjustments_hold_no_loop():
+    """One would keep the whole step out of a CUDA graph, asked for or not."""
+    logits, state = jnp.zeros((2, 50)), state_of([SamplingParams()] * 2)
+    zeros = jnp.zeros(2, jnp.int32)
+    jaxpr = str(jax.make_jaxpr(adjust)(logits, state, jnp.zeros((2, 9), jnp.int32), zeros, zeros))
+    assert "cond[" in jaxpr and "while[" not in jaxpr and "scan[" not in jaxpr
 
 
 def test_ids_that_stop_are_banned_until_enough_tokens_are_out():
@@ -350,12 +374,81 @@ def test_frequencies_are_those_of_the_exact_distribution(params):
 
 
 def test_noise_is_gumbel_distributed_in_its_tail_too():
-    noise = gumbel(jnp.asarray([[1, 2]], jnp.uint32), jnp.zeros(1, jnp.int32), 2_000_003)
+    key = jnp.uint32(1), jnp.uint32(2)
+    noise = -jnp.log(noises.exponential(key, jnp.arange(2_000_003), noises.OF_GROUPS))
     assert np.isfinite(noise).all()
-    assert stats.kstest(np.asarray(noise[0]), stats.gumbel_r.cdf).pvalue > 1e-3
+    assert stats.kstest(np.asarray(noise), stats.gumbel_r.cdf).pvalue > 1e-3
     above = (np.asarray(noise) > 11).sum()  # about 33 of 2 million
     assert stats.poisson.sf(above - 1, 2_000_003 * stats.gumbel_r.sf(11)) > 1e-3
     assert stats.poisson.cdf(above, 2_000_003 * stats.gumbel_r.sf(11)) > 1e-3
+
+
+def test_words_are_those_of_threefry_2x32(rng):
+    """JAX has an implementation of its own."""
+    key, counters = (jnp.asarray(rng.integers(0, 2**32, n), jnp.uint32) for n in (2, 2002))
+    ours = noises.threefry2x32((key[0], key[1]), (counters[:1001], counters[1001:]))
+    np.testing.assert_array_equal(jnp.concatenate(ours), threefry_2x32(key, counters))
+
+
+@pytest.mark.parametrize("varied", ["seed's high word", "seed's low word", "position", "attempt"])
+def test_both_words_of_successive_keys_and_their_noise_are_independent(varied):
+    """Neighbouring inputs, the bits of one word, the two words, and word and noise."""
+    zero, many = jnp.zeros(2**16, jnp.uint32), jnp.arange(2**16, dtype=jnp.uint32)
+    high, low, position, attempt = (
+        many if name == varied else zero
+        for name in ("seed's high word", "seed's low word", "position", "attempt")
+    )
+    words = noises.attempt_key((high, low), position, attempt)
+    of_groups, of_tokens = (noises.exponential(words, zero, p) for p in (0, 1))
+    uniform = [np.asarray(word) / 2**32 for word in words]
+    uniform += [1 - np.exp(-np.asarray(noise)) for noise in (of_groups, of_tokens)]
+    low_bits = (np.asarray(words[0]) & 0xFFFF) / 2**16
+    for a, b in [*itertools.combinations(uniform, 2), (uniform[0], low_bits)]:
+        assert_independent(a, b)
+    for a in uniform:
+        assert_independent(a[:-1], a[1:])
+
+
+def assert_independent(a: np.ndarray, b: np.ndarray) -> None:
+    """Of two uniform variables."""
+    pairs, _, _ = np.histogram2d(a, b, bins=16, range=[[0, 1], [0, 1]])
+    assert stats.chisquare(pairs.ravel()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("varied", ["seed", "position"])
+@pytest.mark.parametrize("params", [dict(), dict(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05)])
+def test_frequencies_over_several_groups_are_exact(rng, varied, params):
+    """Of tokens that share a group and of tokens that do not, at any seed and any position."""
+    V, count = 37, 20000
+    logits = rng.standard_normal(V).astype(np.float32) * 1.5
+    exact = sampling_probs_exact(logits, **params)
+    state = state_of([SamplingParams(**params)])
+    state = SamplingState(*(jnp.repeat(field, count, axis=0) for field in state))
+    many = jnp.arange(count, dtype=jnp.int32)
+    if varied == "seed":
+        state = state._replace(seed=state.seed.at[:, 1].set(many.astype(jnp.uint32)))
+    positions = many if varied == "position" else jnp.full(count, 5, jnp.int32)
+    rows = jnp.broadcast_to(jnp.asarray(logits), (count, V))
+    tokens = np.asarray(jax.jit(draw)(rows, state, positions))
+    observed, kept = np.bincount(tokens, minlength=V), exact > 0
+    assert not observed[~kept].any()
+    assert stats.chisquare(observed[kept], exact[kept] * count).pvalue > 1e-3
+
+
+def test_a_token_of_tiny_probability_gets_its_due():
+    """One token of 2**-18, among tokens of its own group and of others."""
+    count, V = 2**20, 17
+    logits = jnp.zeros(V).at[3].set(np.log(2.0**-18 * (V - 1)))
+    state = empty_state(1, 1, 1)._replace(temperature=jnp.ones(1))
+    once = jax.jit(
+        lambda positions: jax.lax.map(
+            lambda position: draw(logits[None], state, position[None])[0] == 3,
+            positions,
+            batch_size=4096,
+        ).sum()
+    )
+    drawn = int(once(jnp.arange(count, dtype=jnp.int32)))
+    assert stats.poisson.sf(drawn - 1, 4) > 1e-3 and stats.poisson.cdf(drawn, 4) > 1e-3
 
 
 def test_a_draw_depends_on_seed_and_position_only(rng):

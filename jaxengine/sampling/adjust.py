@@ -1,8 +1,10 @@
 """What changes the logits of single tokens: penalties for what a row has already generated, the ban
 on ending too early, and biases. It knows nothing of temperature and filters, which come later.
 
-Each stage is skipped at run time if no row asks for it, and leaves a row that does not ask as it
-is, to the last bit.
+What no row asks for is skipped at run time, and a row that does not ask is left as it is, to the
+last bit. Every change is a scatter and nothing here is a loop, for the sake of steps in which
+nobody asks: XLA skips a scatter without a copy of the logits, and a loop would not be part of the
+step's CUDA graph.
 """
 
 import jax.numpy as jnp
@@ -10,8 +12,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
 from jaxengine.sampling.state import NO_TOKEN, SamplingState
-
-HISTORY_CHUNK = 256
 
 
 def adjust(
@@ -22,9 +22,26 @@ def adjust(
     lengths: Int[Array, " B"],
 ) -> Float32[Array, "B V"]:
     """Logits with penalties, then the ban on early stops, then biases."""
-    logits = penalize(logits, params, history, slots, lengths)
-    logits = forbid_early_stop(logits, params, lengths)
-    return add_biases(logits, params)
+    penalized = asks_for_penalties(params)
+    logits = lax.cond(
+        penalized.any(),
+        lambda logits: penalize(logits, params, history, slots, lengths, penalized),
+        lambda logits: logits,
+        logits,
+    )
+    is_early = lengths - params.prompt_lens < params.min_new_tokens
+    has_biases = params.bias_ids[:, 0] != NO_TOKEN  # they stand in front of the padding
+    return lax.cond(
+        (is_early | has_biases).any(),
+        lambda logits: add_biases(forbid_stop(logits, params, is_early), params),
+        lambda logits: logits,
+        logits,
+    )
+
+
+def asks_for_penalties(params: SamplingState) -> Bool[Array, " B"]:
+    additive = (params.frequency_penalty != 0) | (params.presence_penalty != 0)
+    return additive | (params.repetition_penalty != 1)
 
 
 def penalize(
@@ -33,77 +50,53 @@ def penalize(
     history: Int[Array, "R C"],
     slots: Int[Array, " B"],
     lengths: Int[Array, " B"],
+    asks: Bool[Array, " B"],
 ) -> Float32[Array, "B V"]:
     """Logits minus frequency_penalty x count and presence_penalty x (count > 0), then divided by
     repetition_penalty if positive and multiplied by it if negative, for generated tokens.
 
     Source: the additive ones OpenAI's API; repetition Keskar et al. 2019, arXiv:1909.05858.
     """
-    asks = (params.frequency_penalty != 0) | (params.presence_penalty != 0)
-    asks |= params.repetition_penalty != 1
-
-    def apply(logits: Array) -> Array:
-        starts = jnp.where(asks, params.prompt_lens, lengths)
-        counts = count_tokens(history, slots, starts, lengths, logits.shape[1])
-        seen = counts > 0
-        lower = params.frequency_penalty[:, None] * counts.astype(jnp.float32)
-        lower += jnp.where(seen, params.presence_penalty[:, None], 0)
-        lowered = logits - lower
-        factor = params.repetition_penalty[:, None]
-        repeated = jnp.where(lowered > 0, lowered / factor, lowered * factor)
-        return jnp.where(seen, repeated, logits)
-
-    return lax.cond(asks.any(), apply, lambda logits: logits, logits)
+    starts = jnp.where(asks, params.prompt_lens, lengths)
+    tokens = tokens_between(history, slots, starts, lengths)
+    rows = jnp.arange(len(slots))[:, None]
+    counts = count_tokens(tokens, logits.shape[1]).at[rows, tokens].get(mode="clip")
+    lower = params.frequency_penalty[:, None] * counts.astype(jnp.float32)
+    lower += params.presence_penalty[:, None]
+    lowered = logits.at[rows, tokens].get(mode="clip") - lower
+    factor = params.repetition_penalty[:, None]
+    repeated = jnp.where(lowered > 0, lowered / factor, lowered * factor)
+    # A token that occurs twice is written twice, with the same logit.
+    return logits.at[rows, tokens].set(repeated, mode="drop")
 
 
-def count_tokens(
+def tokens_between(
     history: Int[Array, "R C"],
     slots: Int[Array, " B"],
     starts: Int[Array, " B"],
     ends: Int[Array, " B"],
-    V: int,
-) -> Int32[Array, "B V"]:
-    """How often each token stands in `[starts, ends)` of `history[slot]`.
-
-    Works through the columns from the smallest start to the largest end, a chunk at a time: the
-    rows' whole histories are never gathered.
-    """
-    B, C = slots.shape[0], history.shape[1]
-    width = min(HISTORY_CHUNK, C)
-    rows = jnp.broadcast_to(jnp.arange(B)[:, None], (B, width))
-
-    def add_chunk(chunk: Int[Array, ""], counts: Int32[Array, "B V"]) -> Int32[Array, "B V"]:
-        start = jnp.minimum(chunk * width, C - width)  # the last chunk overlaps the one before
-        place = (start + jnp.arange(width))[None, :]
-        counted = (place >= starts[:, None]) & (place < ends[:, None]) & (place >= chunk * width)
-        columns = lax.dynamic_slice_in_dim(history, start, width, axis=1)[slots]
-        columns = jnp.where(counted & (columns >= 0), columns, NO_TOKEN)
-        return counts.at[rows, columns].add(1, mode="drop")
-
-    first = jnp.min(jnp.where(starts < ends, starts, C)) // width
-    last = -(-jnp.max(jnp.where(starts < ends, ends, 0)) // width)
-    return lax.fori_loop(first, last, add_chunk, jnp.zeros((B, V), jnp.int32))
+) -> Int32[Array, "B C"]:
+    """`history[slot]` with NO_TOKEN outside `[starts, ends)`."""
+    place = jnp.arange(history.shape[1])[None, :]
+    counted = (place >= starts[:, None]) & (place < ends[:, None])
+    tokens = history[slots].astype(jnp.int32)
+    return jnp.where(counted & (tokens >= 0), tokens, NO_TOKEN)
 
 
-def forbid_early_stop(
-    logits: Float32[Array, "B V"], params: SamplingState, lengths: Int[Array, " B"]
+def count_tokens(tokens: Int32[Array, "B C"], V: int) -> Int32[Array, "B V"]:
+    """How often each token of the vocabulary occurs in each row."""
+    rows = jnp.arange(len(tokens))[:, None]
+    return jnp.zeros((len(tokens), V), jnp.int32).at[rows, tokens].add(1, mode="drop")
+
+
+def forbid_stop(
+    logits: Float32[Array, "B V"], params: SamplingState, rows: Bool[Array, " B"]
 ) -> Float32[Array, "B V"]:
-    """Logits with the ids that end a row at -inf until its `min_new_tokens` are out."""
-    asks = lengths - params.prompt_lens < params.min_new_tokens
-
-    def apply(logits: Array) -> Array:
-        banned = jnp.where(asks[:, None] & (params.stop_ids >= 0), params.stop_ids, NO_TOKEN)
-        rows = jnp.arange(len(asks))[:, None]
-        return logits.at[rows, banned].set(-jnp.inf, mode="drop")
-
-    return lax.cond(asks.any(), apply, lambda logits: logits, logits)
+    """Logits with the ids that would end these rows at -inf."""
+    banned = jnp.where(rows[:, None] & (params.stop_ids >= 0), params.stop_ids, NO_TOKEN)
+    return logits.at[jnp.arange(len(rows))[:, None], banned].set(-jnp.inf, mode="drop")
 
 
 def add_biases(logits: Float32[Array, "B V"], params: SamplingState) -> Float32[Array, "B V"]:
-    asks: Bool[Array, ""] = (params.bias_ids != NO_TOKEN).any()
-
-    def apply(logits: Array) -> Array:
-        rows = jnp.arange(len(logits))[:, None]
-        return logits.at[rows, params.bias_ids].add(params.bias_values, mode="drop")
-
-    return lax.cond(asks, apply, lambda logits: logits, logits)
+    rows = jnp.arange(len(logits))[:, None]
+    return logits.at[rows, params.bias_ids].add(params.bias_values, mode="drop")

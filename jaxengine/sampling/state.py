@@ -84,15 +84,15 @@ def pack(
 
 
 def install(
-    state: SamplingState, slot: Int[Array, ""], packed: Int32[Array, " W"]
+    state: SamplingState, slots: Int[Array, " I"], packed: Int32[Array, "I W"]
 ) -> SamplingState:
-    """The state with the packed parameters in `slot`; a slot beyond the last changes nothing."""
+    """The state with rows of packed parameters in `slots`; one beyond the last changes nothing."""
     ends = np.cumsum([field[0].size for field in state])
-    parts = jnp.split(packed, ends[:-1])
+    parts = jnp.split(packed, ends[:-1], axis=1)
     fields = []
     for field, part in zip(state, parts, strict=True):
-        value = lax.bitcast_convert_type(part, field.dtype).reshape(field.shape[1:])
-        fields.append(field.at[slot].set(value, mode="drop"))
+        value = lax.bitcast_convert_type(part, field.dtype).reshape(-1, *field.shape[1:])
+        fields.append(field.at[slots].set(value, mode="drop"))
     return SamplingState(*fields)
 
 
