@@ -3,7 +3,9 @@ Parsing imports neither jax nor transformers, so that help and mistakes are answ
 
 import argparse
 import os
+import shlex
 import sys
+import time
 import typing
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -12,6 +14,7 @@ from typing import Any, NoReturn
 
 import jaxengine
 from jaxengine.arguments import json_object, kind_of, option
+from jaxengine.bench import options as bench_options
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.server_args import ServerArgs
 
@@ -31,6 +34,7 @@ examples:
   jaxengine generate --file prompts.txt --json > completions.jsonl
   jaxengine generate --model Qwen/Qwen2.5-0.5B-Instruct "Paris is" "Rome is"
   jaxengine chat --model Qwen/Qwen2.5-0.5B-Instruct --system "Answer briefly."
+  jaxengine bench --shape qwen3-0.6b --reference vllm
   jaxengine info
 """
 
@@ -83,7 +87,9 @@ CHAT_DEFAULTS = {"temperature": 0.7, "max_new_tokens": None}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that `arguments` (default: the process's) ask for; returns the exit code."""
-    args = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(words)
+    args.command = shlex.join(["jaxengine", *words])
     try:
         with _short_warnings():
             args.run(args)
@@ -125,6 +131,15 @@ def _info(args: argparse.Namespace) -> None:
     from jaxengine.info import print_info
 
     print_info(server_args, as_json=args.json)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    options = bench_options.read(args)  # sets arguments of the engine, too
+    server_args = ServerArgs.from_cli_args(args)
+    started = time.perf_counter()
+    from jaxengine.bench.command import run
+
+    run(server_args, options, import_seconds=time.perf_counter() - started)
 
 
 def _sampling(args: argparse.Namespace, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -197,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_generate(_command(commands, "generate", "continue prompts", GENERATE, "[PROMPT ...] "))
     _add_chat(_command(commands, "chat", "talk with a model", CHAT))
+    _add_bench(_command(commands, "bench", "measure speed", bench_options.DESCRIPTION))
     _add_info(_command(commands, "info", "versions, devices, and the sizes of a model", INFO))
     return parser
 
@@ -226,6 +242,12 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser, SAMPLING.keys() - {"n"}, defaults)
     _add_engine(parser)
     parser.set_defaults(run=_chat)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    bench_options.add_options(parser)
+    _add_engine(parser)
+    parser.set_defaults(run=_bench, **bench_options.ENGINE)
 
 
 def _add_info(parser: argparse.ArgumentParser) -> None:

@@ -46,6 +46,7 @@ def test_every_data_file_of_the_package_is_shipped(project: dict[str, Any]) -> N
     patterns = project["tool"]["setuptools"]["package-data"]["jaxengine"]
     shipped = {path for pattern in patterns for path in package.glob(pattern) if path.is_file()}
     wanted = {path for path in (package / "assets").rglob("*") if path.is_file()}
+    wanted |= set((package / "bench").glob("*.json"))
     assert wanted <= shipped and package / "py.typed" in shipped
 
 
