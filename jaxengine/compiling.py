@@ -2,13 +2,17 @@
 that proves that nothing is compiled afterwards. It does not know what a step computes.
 """
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from tqdm import tqdm
+
+logger = logging.getLogger("jaxengine")
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -16,10 +20,14 @@ Key = TypeVar("Key")
 
 
 class Bucket(NamedTuple):
-    """The static size of a step: `num_tokens` query tokens in at most `num_rows` rows."""
+    """The static size of a launch: `num_tokens` query tokens in at most `num_rows` rows.
+
+    With `num_steps`, it decodes: each row has one token, and goes on for so many steps.
+    """
 
     num_tokens: int
     num_rows: int
+    num_steps: int = 0
 
 
 def rungs(ladder: Sequence[int], top: int) -> tuple[int, ...]:
@@ -28,33 +36,40 @@ def rungs(ladder: Sequence[int], top: int) -> tuple[int, ...]:
 
 
 def buckets(
-    decode: Sequence[int], extend: Sequence[int], rows: Sequence[int]
+    decode: Mapping[int, Sequence[int]], extend: Sequence[int], max_rows: int
 ) -> tuple[Bucket, ...]:
-    """Every step size, in the order in which the smallest that fits is sought."""
-    found = {Bucket(size, size) for size in decode}
-    found |= {Bucket(tokens, min(tokens, limit)) for tokens in extend for limit in rows}
+    """Every launch size, in the order in which the smallest that fits is sought.
+
+    `decode` are the rows of decoding launches of so many steps, `extend` the tokens of others.
+    """
+    found = {Bucket(rows, rows, steps) for steps, sizes in decode.items() for rows in sizes}
+    found |= {Bucket(tokens, min(tokens, max_rows)) for tokens in extend}
     return tuple(sorted(found))
 
 
 def compile_all(
-    tasks: Mapping[Key, Callable[[], Any]], *, num_threads: int, shows_progress: bool
+    tasks: Mapping[Key, Callable[[], Callable[[], Any]]], *, num_threads: int, shows_progress: bool
 ) -> dict[Key, Any]:
-    """The executables of lowerings made by `tasks`, built side by side; the first failure is
-    raised."""
-    done: dict[Key, Any] = {}
+    """What the tasks compile, side by side; the first failure is raised.
+
+    Each task traces a program and returns what compiles it. Tracing is Python and would not gain
+    from threads: one is traced after the other while those before it compile.
+    """
+    started = time.perf_counter()
     bar = tqdm(total=len(tasks), desc="compiling", unit="step", disable=not shows_progress)
     with bar, ThreadPoolExecutor(num_threads, thread_name_prefix="jaxengine-compile") as threads:
-        futures = {
-            threads.submit(lambda make=make: make().compile()): key for key, make in tasks.items()
-        }
+        futures: dict[Key, Future] = {}
         try:
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-                bar.update()
+            for key, trace in tasks.items():
+                futures[key] = threads.submit(trace())
+                futures[key].add_done_callback(lambda _: bar.update())
+            logger.info("traced %d programs: %.1f s", len(tasks), time.perf_counter() - started)
+            for future in as_completed(futures.values()):
+                future.result()
         except BaseException:  # Ctrl-C too: what has not begun need not be built any more
             threads.shutdown(wait=False, cancel_futures=True)
             raise
-    return done
+    return {key: future.result() for key, future in futures.items()}
 
 
 class CompileCounter:

@@ -169,7 +169,12 @@ def _id_lists(input_ids: Any) -> tuple[list[Sequence[Any]], bool]:
             raise ValueError(
                 f"input_ids: expected a list for every prompt, got {short(row)} at index {index}"
             )
-    return [[_plain(token) for token in row] for row in rows], True
+    return [_plain_ids(row) for row in rows], True
+
+
+def _plain_ids(row: Sequence[Any]) -> Sequence[Any]:
+    """A row's ids as Python's own numbers: the row itself, and at once, where they are."""
+    return row if set(map(type, row)) <= {int} else [_plain(token) for token in row]
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ Everything that changes the scheduler happens on this thread: others leave their
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -17,12 +17,13 @@ from jaxengine.request import Request, Status
 from jaxengine.scheduler import Row, Scheduler, StepPlan
 
 NOT_FINITE = -1  # what a step draws from logits it cannot use
+NOT_FINITE_REASON = outputs.not_finite_reason()
 
 
 class StepRunner(Protocol):
     def submit(self, plan: StepPlan, /) -> Any: ...
 
-    def collect(self, submitted: Any, /) -> list[int]: ...
+    def collect(self, submitted: Any, /) -> Sequence[Sequence[int]]: ...
 
     def close(self) -> None: ...
 
@@ -156,15 +157,15 @@ class Loop:
             future.set_exception(error)
 
     def _deliver(self, plan: StepPlan, submitted: Any) -> None:
-        tokens = self.runner.collect(submitted)
-        for row, token in zip(plan.rows, tokens, strict=False):  # padding rows follow
-            self._deliver_row(row, token)
-        self._count_step()
+        drawn = self.runner.collect(submitted)
+        for row, tokens in zip(plan.rows, drawn, strict=False):  # padding rows follow
+            self._deliver_row(row, tokens[: row.num_draws])
+        self._count_steps(max(plan.num_steps, 1))
         if self.after_step is not None:
             self.after_step()
 
-    def _count_step(self) -> None:
-        self.num_steps += 1
+    def _count_steps(self, count: int) -> None:
+        self.num_steps += count
         self.last_step_time = time.monotonic()
         started, tokens = self._window
         if self.last_step_time - started >= 1:
@@ -172,32 +173,26 @@ class Loop:
             self.throughput = (self.num_output_tokens - tokens) / spent
             self._window = (self.last_step_time, self.num_output_tokens)
 
-    def _deliver_row(self, row: Row, token: int) -> None:
+    def _deliver_row(self, row: Row, tokens: Sequence[int]) -> None:
         request = row.request
-        if not row.samples:
-            if request.status is Status.RUNNING and not request.can_run and not request.in_flight:
-                self._finish(
-                    request, outputs.length_reason(request.max_new_tokens)
-                )  # nothing to draw
+        if request.status is Status.FINISHED:  # it ended before this step did
             return
-        if not self.scheduler.collect(row, token):
+        if not tokens:
+            if not request.can_run and not request.in_flight:  # a prompt, and nothing to draw
+                self._finish(request, outputs.length_reason(request.max_new_tokens))
             return
-        self.num_output_tokens += 1
-        if token == NOT_FINITE:
-            request.output_ids.pop()
-            self.scheduler.finish(request, outputs.not_finite_reason(), keeps_prefix=False)
-            self._report_end(request)
-            return
-        reason = stop_reason(request, token)
+        num_before = len(request.output_ids)
+        reason = append(request, tokens)
+        num_tokens = len(request.output_ids)
+        self.num_output_tokens += num_tokens - num_before
         if reason is not None:
-            self._finish(request, reason)
-        elif (
-            request.stream_interval and (len(request.output_ids) - 1) % request.stream_interval == 0
-        ):
-            request.publish()
+            self._finish(request, reason, keeps_prefix=reason is not NOT_FINITE_REASON)
+        elif interval := request.stream_interval:  # a chunk after the first token, and so on
+            if (num_tokens - 1) // interval > (num_before - 1) // interval:
+                request.publish()
 
-    def _finish(self, request: Request, reason: dict[str, Any]) -> None:
-        self.scheduler.finish(request, reason)
+    def _finish(self, request: Request, reason: dict[str, Any], keeps_prefix: bool = True) -> None:
+        self.scheduler.finish(request, reason, keeps_prefix)
         self._report_end(request)
 
     def _report_end(self, request: Request) -> None:
@@ -267,6 +262,24 @@ class Loop:
         refusal = RuntimeError(f"this engine failed and takes no more requests: {self.error!r}")
         refusal.__cause__ = self.error
         return refusal
+
+
+def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:
+    """Books drawn tokens up to the one that ends the request, and says why it does; those behind it
+    are dropped."""
+    plain = request.stop_text is None and request.stop_token_ids.isdisjoint(tokens)
+    if plain and NOT_FINITE not in tokens:
+        request.output_ids.extend(tokens)
+        is_last = len(request.output_ids) >= request.max_new_tokens
+        return outputs.length_reason(request.max_new_tokens) if is_last else None
+    for token in tokens:
+        if token == NOT_FINITE:
+            return NOT_FINITE_REASON
+        request.output_ids.append(token)
+        reason = stop_reason(request, token)
+        if reason is not None:
+            return reason
+    return None
 
 
 def stop_reason(request: Request, token: int) -> dict[str, Any] | None:

@@ -1,19 +1,21 @@
-"""The device programs, pure: `step` runs the model over ragged rows and draws their next tokens,
-`install` puts a request's state into its slot. They know arrays by slot, and neither requests nor
-how they are compiled.
+"""The device programs, pure: `extend` runs the model once over ragged rows, `decode` several times
+over rows of one token, and both draw next tokens; `install` puts a request's state into its slot.
+They know arrays by slot, and neither requests nor how they are compiled.
 
 A step's tokens never come from the host: row by row it reads them from the history of its slot, and
-writes the token it drew behind them. So a prompt, a chunk, a decode step and any mixture are one
-program.
+writes the token it drew behind them. So a prompt, a chunk, decoding rows and any mixture of them
+are one program, and a decode program goes on by itself for as many steps as it was made for.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax import lax
+from jaxtyping import Array, Bool, Int
 
 from jaxengine.models.interface import Batch, KVCache, Model, rows_of
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.sampling import SamplingState, sample
 from jaxengine.sampling import install as install_sampling
 
@@ -21,14 +23,14 @@ NUM_ROW_FIELDS = 5
 
 
 class RowInputs(NamedTuple):
-    """A step's whole host input, `[B, NUM_ROW_FIELDS]` when packed; padding rows have `query_lens`
-    0."""
+    """The whole host input of a launch, `[B, NUM_ROW_FIELDS]` when packed; padding rows have
+    `query_lens` 0."""
 
     slots: Int[Array, " B"]
     starts: Int[Array, " B"]  # position of the first query token
     query_lens: Int[Array, " B"]
-    new_pages: Int[Array, " B"]  # page beginning at `starts` that the table lacks; 0 for none
-    samples: Int[Array, " B"]  # whether the drawn token is the sequence's next one
+    new_pages: Int[Array, " B"]  # the next page that the row comes to need; 0 for none
+    num_draws: Int[Array, " B"]  # tokens to draw and to append; 0 inside of a prompt
 
 
 class RequestState(NamedTuple):
@@ -48,40 +50,143 @@ def empty_tables(num_slots: int, context_length: int, page_size: int):
     )
 
 
-def step(
+def extend(
     model: Model,
     cache: KVCache,
     state: RequestState,
     packed_rows: Int[Array, "B fields"],
     *,
     num_tokens: int,
-) -> tuple[KVCache, RequestState, Int[Array, " B"]]:
+    kernels: Kernels = XLA,
+) -> tuple[KVCache, RequestState, Int[Array, "1 B"]]:
     """One pass over `num_tokens` flat tokens; the token drawn for each row, -1 where its logits are
     not finite."""
+    rows, state = _begin(cache, state, packed_rows)
+    page_table, sampling = _of_rows(state, rows)
+    batch = _ragged_batch(state.tokens, page_table, sampling, rows, num_tokens)
+    cache, tokens, drawn = _advance(
+        model, cache, state.tokens, sampling, rows.slots, batch, rows.num_draws > 0, kernels
+    )
+    return cache, state._replace(tokens=tokens), drawn[None]
+
+
+def decode(
+    model: Model,
+    cache: KVCache,
+    state: RequestState,
+    packed_rows: Int[Array, "B fields"],
+    *,
+    num_steps: int,
+    kernels: Kernels = XLA,
+) -> tuple[KVCache, RequestState, Int[Array, "steps B"]]:
+    """`num_steps` tokens of each row, one after the other, of those rows that want so many.
+
+    A row stops early once it has drawn `num_draws`; what stands behind these in the result, and
+    what a row draws after an end-of-sequence token, is for the caller to drop.
+    """
+    rows, state = _begin(cache, state, packed_rows)
+    page_table, sampling = _of_rows(state, rows)  # the same in every step, so read before the loop
+
+    def advance(step, carry):
+        cache, tokens, drawn = carry
+        # A row that draws nothing is the end of a prompt whose continuation nobody wants.
+        is_active = (rows.query_lens > 0) & (step < jnp.maximum(rows.num_draws, 1))
+        batch = _decode_batch(tokens, page_table, sampling, rows, is_active, step)
+        draws = is_active & (rows.num_draws > 0)
+        cache, tokens, new = _advance(
+            model, cache, tokens, sampling, rows.slots, batch, draws, kernels
+        )
+        return cache, tokens, drawn.at[step].set(new)
+
+    drawn = jnp.zeros((num_steps, len(packed_rows)), jnp.int32)
+    carry = cache, state.tokens, drawn
+    if num_steps == 1:
+        cache, tokens, drawn = advance(0, carry)
+    else:
+        cache, tokens, drawn = lax.fori_loop(0, num_steps, advance, carry)
+    return cache, state._replace(tokens=tokens), drawn
+
+
+def _begin(
+    cache: KVCache, state: RequestState, packed_rows: Int[Array, "B fields"]
+) -> tuple[RowInputs, RequestState]:
+    """The rows unpacked, their new pages in the table."""
     rows = RowInputs(*(packed_rows[:, field] for field in range(NUM_ROW_FIELDS)))
-    page_size = cache[0].shape[3]
-    state = state._replace(page_table=_with_new_pages(state.page_table, rows, page_size))
-    batch = _gather_batch(state, rows, num_tokens)
-    hidden, new_cache = model(batch, cache)
-    last = jnp.maximum(batch.query_starts + rows.query_lens - 1, 0)
+    page_size, page_table = cache[0].shape[3], state.page_table
+    # The page that begins at the row's first token, or at the next position where one begins.
+    index = jnp.where(rows.new_pages > 0, -(-rows.starts // page_size), page_table.shape[1])
+    page_table = page_table.at[rows.slots, index].set(rows.new_pages, mode="drop")
+    return rows, state._replace(page_table=page_table)
+
+
+def _of_rows(state: RequestState, rows: RowInputs) -> tuple[Int[Array, "B P"], SamplingState]:
+    sampling = jax.tree.map(lambda leaf: leaf[rows.slots], state.sampling)
+    return state.page_table[rows.slots], sampling
+
+
+def _advance(
+    model: Model,
+    cache: KVCache,
+    tokens: Int[Array, "R C"],
+    sampling: SamplingState,
+    slots: Int[Array, " B"],
+    batch: Batch,
+    draws: Bool[Array, " B"],
+    kernels: Kernels,
+) -> tuple[KVCache, Int[Array, "R C"], Int[Array, " B"]]:
+    """One pass of the model, one token drawn for each row; appended to the history of those that
+    want it."""
+    hidden, new_cache = model(batch, cache, kernels)
+    if batch.query_starts is not None:
+        hidden = hidden[jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
     with jax.named_scope("logits"):
-        logits = model.logits(hidden[last])
+        logits = model.logits(hidden, kernels)
     with jax.named_scope("sample"):
-        sampling = jax.tree.map(lambda leaf: leaf[rows.slots], state.sampling)
-        drawn = sample(logits, sampling, state.tokens, rows.slots, batch.kv_lens)
-    # A row that does not sample writes nowhere: its next token is known and already in the history.
-    target = jnp.where(rows.samples == 1, batch.kv_lens, state.tokens.shape[1])
-    tokens = state.tokens.at[rows.slots, target].set(jnp.maximum(drawn, 0), mode="drop")
+        drawn = sample(
+            logits,
+            sampling,
+            tokens,
+            slots,
+            batch.kv_lens,
+            implementation=kernels.sampling,
+            interpret=kernels.interpret,
+        )
+    # A row that does not draw writes nowhere: its next token is known and already in the history.
+    target = jnp.where(draws, batch.kv_lens, tokens.shape[1])
+    tokens = tokens.at[slots, target].set(jnp.maximum(drawn, 0), mode="drop")
     assert new_cache is not None, "a model given a cache returns one"
-    return new_cache, state._replace(tokens=tokens), drawn
+    return new_cache, tokens, drawn
 
 
-def _with_new_pages(page_table: Int[Array, "R P"], rows: RowInputs, page_size: int):
-    index = jnp.where(rows.new_pages > 0, rows.starts // page_size, page_table.shape[1])
-    return page_table.at[rows.slots, index].set(rows.new_pages, mode="drop")
+def _decode_batch(
+    tokens: Int[Array, "R C"],
+    page_table: Int[Array, "B P"],
+    sampling: SamplingState,
+    rows: RowInputs,
+    is_active: Bool[Array, " B"],
+    step: Int[Array, ""] | int,
+) -> Batch:
+    B = len(rows.slots)
+    positions = jnp.where(is_active, rows.starts + step, 0)
+    return Batch(
+        tokens=jnp.where(is_active, tokens[rows.slots, positions], 0),
+        positions=positions,
+        rows=jnp.where(is_active, jnp.arange(B, dtype=jnp.int32), B),
+        query_starts=None,
+        query_lens=is_active.astype(jnp.int32),
+        kv_lens=jnp.where(is_active, positions + 1, 0),
+        prompt_lens=sampling.prompt_lens,
+        page_table=page_table,
+    )
 
 
-def _gather_batch(state: RequestState, rows: RowInputs, num_tokens: int) -> Batch:
+def _ragged_batch(
+    tokens: Int[Array, "R C"],
+    page_table: Int[Array, "B P"],
+    sampling: SamplingState,
+    rows: RowInputs,
+    num_tokens: int,
+) -> Batch:
     query_starts = jnp.cumsum(rows.query_lens) - rows.query_lens
     row_ids = rows_of(rows.query_lens, num_tokens)
     row = jnp.minimum(
@@ -91,26 +196,43 @@ def _gather_batch(state: RequestState, rows: RowInputs, num_tokens: int) -> Batc
     is_real = row_ids < rows.slots.shape[0]
     positions = jnp.where(is_real, rows.starts[row] + offset, 0)
     return Batch(
-        tokens=jnp.where(is_real, state.tokens[rows.slots[row], positions], 0),
+        tokens=jnp.where(is_real, tokens[rows.slots[row], positions], 0),
         positions=positions,
         rows=row_ids,
         query_starts=query_starts,
         query_lens=rows.query_lens,
         kv_lens=rows.starts + rows.query_lens,
-        prompt_lens=state.sampling.prompt_lens[rows.slots],
-        page_table=state.page_table[rows.slots],
+        prompt_lens=sampling.prompt_lens,
+        page_table=page_table,
     )
 
 
-def install(
-    state: RequestState, packed: Int[Array, " fields"], *, num_sampling_fields: int
-) -> RequestState:
-    """Fills one slot from `[slot, sampling fields..., page table row..., token history row...]`."""
-    slot = packed[0]
-    sampling_end = 1 + num_sampling_fields
-    table_end = sampling_end + state.page_table.shape[1]
+class InstallInputs(NamedTuple):
+    """What goes into the slots of newly admitted requests, and a stretch of each one's tokens.
+
+    The tokens travel flat, one row's behind the other's. A row without a request has no tokens, and
+    a slot that does not exist.
+    """
+
+    slots: Int[Array, " I"]
+    starts: Int[Array, " I"]  # position of the first token
+    num_tokens: Int[Array, " I"]
+    sampling: Int[Array, "I fields"]  # as `sampling.pack` makes them
+    page_table: Int[Array, "I P"]
+    tokens: Int[Array, " F"]
+
+
+def install(state: RequestState, new: InstallInputs) -> RequestState:
+    """Fills slots. A history too long for one call comes in several, which all fill the slot."""
+    row_ids = rows_of(new.num_tokens, len(new.tokens))
+    row = jnp.minimum(row_ids, len(new.slots) - 1)
+    offset = (
+        jnp.arange(len(new.tokens), dtype=jnp.int32)
+        - (jnp.cumsum(new.num_tokens) - new.num_tokens)[row]
+    )
+    slot = jnp.where(row_ids < len(new.slots), new.slots[row], len(state.tokens))
     return RequestState(
-        tokens=state.tokens.at[slot].set(packed[table_end:]),
-        page_table=state.page_table.at[slot].set(packed[sampling_end:table_end]),
-        sampling=install_sampling(state.sampling, slot, packed[1:sampling_end]),
+        tokens=state.tokens.at[slot, new.starts[row] + offset].set(new.tokens, mode="drop"),
+        page_table=state.page_table.at[new.slots].set(new.page_table, mode="drop"),
+        sampling=install_sampling(state.sampling, new.slots, new.sampling),
     )

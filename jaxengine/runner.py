@@ -4,7 +4,7 @@
 tokens. It knows slots, pages and sizes, and nothing of queues, text or users.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,12 +16,20 @@ from flax import nnx
 from jaxengine import programs
 from jaxengine.compiling import Bucket
 from jaxengine.memory import num_bytes
-from jaxengine.programs import RequestState, RowInputs
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+from jaxengine.programs import InstallInputs, RequestState, RowInputs
 from jaxengine.request import Request
 from jaxengine.sampling import empty_state, pack
 from jaxengine.scheduler import StepPlan
 
 INSTALL = "install"  # key of the one program that is not a step
+INSTALL_ROWS = 8  # requests that it installs at a time
+MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
+
+# Of XLA on a GPU. Large products are cuBLAS's: Triton's are no faster, and trying them out takes
+# most of the start. Few and long kernels do not gain from a CUDA graph, which has to be updated.
+DECODE_OPTIONS: dict[str, Any] = {}
+EXTEND_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL"}
 
 
 class StepPrograms:
@@ -40,8 +48,10 @@ class StepPrograms:
         num_stop_ids: int,
         num_bias: int,
         device: Any,
+        kernels: Kernels = XLA,
     ):
         self.device = device
+        self._kernels = kernels
         leaves, self._params_tree = jax.tree.flatten(params)
         self.params = self._placed(tuple(leaves))
         self._graphdef = graphdef
@@ -96,27 +106,48 @@ class StepPrograms:
             jax.ShapeDtypeStruct((bucket.num_rows, programs.NUM_ROW_FIELDS), np.int32)
         )
         state = self.state_shapes
-        step = partial(self._step, num_tokens=bucket.num_tokens)
-        step.__name__ = f"step_{bucket.num_tokens}x{bucket.num_rows}"  # type: ignore[attr-defined]
+        step = partial(self._step, bucket=bucket)
+        kind = f"decode{bucket.num_steps}" if bucket.num_steps else f"extend_{bucket.num_tokens}"
+        step.__name__ = f"{kind}x{bucket.num_rows}"  # type: ignore[attr-defined]
         cache = self.cache_shapes(num_pages)
         with _exact_float32(self.params):
             return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
                 self.params, cache, state.tokens, state.page_table, state.sampling, rows
             )
 
-    def lower_install(self) -> Any:
-        state = self.state_shapes
-        num_fields = (
-            1 + self.num_sampling_fields + state.page_table.shape[1] + state.tokens.shape[1]
-        )
-        packed = self._placed(jax.ShapeDtypeStruct((num_fields,), np.int32))
-        install = partial(programs.install, num_sampling_fields=self.num_sampling_fields)
-        return jax.jit(install, donate_argnums=0).lower(state, packed)
+    def trace_step(self, bucket: Bucket, num_pages: int, **options: Any) -> Callable[[], Any]:
+        """What compiles a step. `options` are further ones of XLA."""
+        if self.device.platform == "gpu":
+            options = (DECODE_OPTIONS if bucket.num_steps else EXTEND_OPTIONS) | options
+        lowered = self.lower_step(bucket, num_pages)
+        return partial(lowered.compile, compiler_options=options or None)
 
-    def _step(self, params, cache, tokens, page_table, sampling, rows, *, num_tokens):
+    def empty_install(self) -> InstallInputs:
+        """Inputs that install nothing, to be filled."""
+        state, I = self.state_shapes, INSTALL_ROWS
+        num_slots, num_pages = state.page_table.shape
+        return InstallInputs(
+            slots=np.full(I, num_slots, np.int32),
+            starts=np.zeros(I, np.int32),
+            num_tokens=np.zeros(I, np.int32),
+            sampling=np.zeros((I, self.num_sampling_fields), np.int32),
+            page_table=np.zeros((I, num_pages), np.int32),
+            tokens=np.zeros(min(I * state.tokens.shape[1], MAX_INSTALL_TOKENS), np.int32),
+        )
+
+    def trace_install(self) -> Callable[[], Any]:
+        """What compiles the program that installs requests."""
+        install = jax.jit(programs.install, donate_argnums=0)
+        return install.lower(self.state_shapes, self._placed(self.empty_install())).compile
+
+    def _step(self, params, cache, tokens, page_table, sampling, rows, *, bucket):
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
         state = RequestState(tokens, page_table, sampling)
-        cache, state, drawn = programs.step(model, cache, state, rows, num_tokens=num_tokens)
+        if bucket.num_steps:
+            run = partial(programs.decode, num_steps=bucket.num_steps)
+        else:
+            run = partial(programs.extend, num_tokens=bucket.num_tokens)
+        cache, state, drawn = run(model, cache, state, rows, kernels=self._kernels)
         # Sampling parameters only change when a request is installed: they are read here, not
         # donated.
         return cache, state.tokens, state.page_table, drawn
@@ -149,7 +180,7 @@ class Runner:
         self._steps: dict[Bucket, Any] = {
             key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
         }
-        self._num_sampling_fields = steps.num_sampling_fields
+        self._empty_install = steps.empty_install()
         self._pack_sampling = steps.pack_sampling
         self._cache, self._state = steps.make_buffers(num_pages)
         self._num_slots = self._state.tokens.shape[0] - 1
@@ -158,23 +189,18 @@ class Runner:
     def submit(self, plan: StepPlan) -> jax.Array:
         """Starts a step; its drawn tokens are on their way to the host when `collect` asks for
         them."""
-        for request in plan.admitted:
-            self._admit(request)
-        bucket = next(
-            bucket
-            for bucket in self._steps
-            if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
-        )
+        self._admit(plan.admitted)
+        bucket = self._bucket(plan)
         packed = self._padding_rows(bucket.num_rows)
         packed[: len(plan.rows)] = [row[1:] for row in plan.rows]  # all but the request
         drawn = self._run(bucket, packed)
         drawn.copy_to_host_async()
         return drawn
 
-    def collect(self, drawn: jax.Array) -> list[int]:
-        """The tokens of a submitted step, one for each bucket row; -1 for logits that are not
-        finite."""
-        return np.asarray(drawn).tolist()
+    def collect(self, drawn: jax.Array) -> list[list[int]]:
+        """The tokens of a submitted plan, for each bucket row one of each step; -1 for logits that
+        are not finite."""
+        return np.asarray(drawn).T.tolist()
 
     def close(self) -> None:
         """Gives the device memory back. Nothing of the device is left to be freed later, perhaps
@@ -185,6 +211,16 @@ class Runner:
         self._params = self._cache = ()
         del self._state, self._install, self._steps
 
+    def _bucket(self, plan: StepPlan) -> Bucket:
+        """The smallest that holds the plan: a decoding one if there is one so large."""
+        fitting = [
+            bucket
+            for bucket in self._steps
+            if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
+        ]
+        wanted = (bucket for bucket in fitting if bucket.num_steps == plan.num_steps)
+        return next(wanted, None) or next(bucket for bucket in fitting if not bucket.num_steps)
+
     def _run(self, bucket: Bucket, packed: np.ndarray) -> jax.Array:
         state = self._state
         self._cache, tokens, page_table, drawn = self._steps[bucket](
@@ -193,18 +229,32 @@ class Runner:
         self._state = RequestState(tokens, page_table, state.sampling)
         return drawn
 
-    def _admit(self, request: Request) -> None:
-        tokens = request.token_ids
-        table_start = 1 + self._num_sampling_fields
-        packed = np.zeros(
-            table_start + self._state.page_table.shape[1] + self._state.tokens.shape[1], np.int32
-        )
-        packed[0] = request.slot
-        packed[1:table_start] = self._pack_sampling(request)
-        packed[table_start : table_start + len(request.pages)] = request.pages
-        history_start = table_start + self._state.page_table.shape[1]
-        packed[history_start : history_start + len(tokens)] = tokens
-        self._state = self._install(self._state, packed)
+    def _admit(self, requests: Sequence[Request]) -> None:
+        """Installs requests, several at a time; a long history in as many calls as it takes."""
+        room = len(self._empty_install.tokens)
+        rows: list[tuple[Request, int, list[int]]] = []  # and the tokens from a position on
+        for request in requests:
+            tokens = request.token_ids
+            for start in range(0, len(tokens), room):
+                part = tokens[start : start + room]
+                if len(rows) == INSTALL_ROWS or sum(len(row[2]) for row in rows) + len(part) > room:
+                    self._install_rows(rows)
+                    rows = []
+                rows.append((request, start, part))
+        if rows:
+            self._install_rows(rows)
+
+    def _install_rows(self, rows: Sequence[tuple[Request, int, list[int]]]) -> None:
+        new = InstallInputs(*(field.copy() for field in self._empty_install))
+        end = 0
+        for index, (request, start, tokens) in enumerate(rows):
+            new.slots[index], new.starts[index] = request.slot, start
+            new.num_tokens[index] = len(tokens)
+            new.sampling[index] = self._pack_sampling(request)
+            new.page_table[index, : len(request.pages)] = request.pages
+            new.tokens[end : end + len(tokens)] = tokens
+            end += len(tokens)
+        self._state = self._install(self._state, new)
 
     def _padding_rows(self, num_rows: int) -> np.ndarray:
         packed = np.zeros((num_rows, programs.NUM_ROW_FIELDS), np.int32)

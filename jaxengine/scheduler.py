@@ -3,7 +3,7 @@
 One rule serves everything: a running request has some pending tokens (known, or drawn but not yet
 seen), and a step computes as many of them as the budget allows. Decoding is a row with one pending
 token; a prompt, a chunk of one, the rest behind a prefix hit and the rebuilding of a retracted
-request are rows with more.
+request are rows with more. Where all rows decode, one launch may do several steps.
 
 The device runs steps in order. So what one step writes the next may read, pages and slots of a
 request that ended may be reused at once though a step of it is in flight, and pages may be shared
@@ -31,14 +31,17 @@ class Row(NamedTuple):
     slot: int
     start: int
     query_len: int
-    new_page: int  # page that begins at the row's first token and is not in its table; 0 for none
-    samples: bool  # whether the row ends with the last token so far, so that the next one is drawn
+    new_page: int  # the one page that the row comes to need and that is not in its table, or 0
+    num_draws: int  # 0 where the next token is known; beyond 1 the row goes on from what it drew
 
 
 class StepPlan(NamedTuple):
+    """What one launch of the device does."""
+
     rows: tuple[Row, ...]
     admitted: tuple[Request, ...]  # to be installed on the device before the step
     num_tokens: int
+    num_steps: int  # of decoding, one token a row each; 0 if some row reads several at once
 
 
 class Scheduler:
@@ -58,8 +61,15 @@ class Scheduler:
         low_priority_first: bool = False,
         shares_prefixes: bool = True,
         conservativeness: float = 1.0,
+        decode_steps: int = 1,
+        max_decode_rows: int | None = None,
         random_seed: int = 0,
     ):
+        if decode_steps > page_size:
+            raise ValueError(
+                f"num_continuous_decode_steps: expected at most page_size = {page_size}, "
+                f"got {decode_steps}; a launch gives a request one page at most"
+            )
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree(page_size)
@@ -71,6 +81,8 @@ class Scheduler:
         self._chunk_size = chunk_size
         self._can_chunk = can_chunk
         self._mixes_decode = mixes_decode
+        self._decode_steps = decode_steps
+        self._max_decode_rows = max_running_requests if max_decode_rows is None else max_decode_rows
         self._growth = min(1.0, GROWTH_START * conservativeness)
         self._growth_floor = min(1.0, GROWTH_FLOOR * conservativeness)
 
@@ -121,27 +133,34 @@ class Scheduler:
         reading: list[Request] = []
         for request in runnable:
             (decoding if request.num_pending == 1 else reading).append(request)
+        num_steps = 1 if reading or has_retracted else self._num_steps(decoding)
         rows: list[Row] = []
         if self._mixes_decode:
-            self._decode(rows, decoding)
+            self._decode(rows, decoding, num_steps)
         budget = self._read(rows, reading, self._chunk_size - len(rows))
         admitted = [] if has_retracted else self._admit(rows, budget)
         if not rows:
-            self._decode(rows, decoding)
+            self._decode(rows, decoding, num_steps)
         if not rows:
             return None
-        self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY)
-        return StepPlan(tuple(rows), tuple(admitted), sum(row.query_len for row in rows))
+        self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY**num_steps)
+        num_tokens = sum(row.query_len for row in rows)
+        num_steps = num_steps if num_tokens == len(rows) else 0
+        return StepPlan(tuple(rows), tuple(admitted), num_tokens, num_steps)
 
-    def collect(self, row: Row, token: int) -> bool:
-        """Books a drawn token; False if the request ended before its step did."""
-        if row.request.status is Status.FINISHED:
-            return False
-        row.request.output_ids.append(token)
-        return True
+    def _num_steps(self, decoding: Sequence[Request]) -> int:
+        """Steps to decode in one launch: several if all there is to do is decoding, nobody waits
+        for each token, and every row could have a page."""
+        has_candidates = self.num_waiting > 0 and len(self._free_slots) > 0
+        has_many = len(decoding) > min(self._max_decode_rows, self._num_available)
+        if has_candidates or has_many or not decoding:
+            return 1
+        longest = max(request.num_to_compute - request.num_computed for request in decoding)
+        at_once = min(request.stream_interval or longest for request in decoding)
+        return self._decode_steps if min(longest, at_once) >= self._decode_steps else 1
 
-    def _decode(self, rows: list[Row], requests: Sequence[Request]) -> None:
-        rows.extend(self._row(request, 1) for request in requests[: self._chunk_size])
+    def _decode(self, rows: list[Row], requests: Sequence[Request], num_steps: int) -> None:
+        rows.extend(self._row(request, 1, num_steps) for request in requests[: self._chunk_size])
 
     def _read(self, rows: list[Row], requests: Sequence[Request], budget: int) -> int:
         """Adds rows of prompts that are being read; returns what is left of `budget` tokens."""
@@ -152,17 +171,20 @@ class Scheduler:
                 self._share_pages(request)
         return budget
 
-    def _row(self, request: Request, query_len: int) -> Row:
-        """The next `query_len` tokens of a request; from here on they count as computed."""
-        start, new_page = request.num_computed, 0
-        end = request.num_computed = start + query_len
-        if start == len(request.pages) * self.page_size:
+    def _row(self, request: Request, query_len: int, num_steps: int = 1) -> Row:
+        """The next `query_len` tokens of a request, and the one that each further step draws and
+        reads; from here on they all count as computed."""
+        start, new_page, num_draws = request.num_computed, 0, 0
+        end = start + query_len
+        if end == request.length and request.max_new_tokens > 0:
+            num_draws = min(num_steps, request.num_to_compute - end + 1)
+            request.length += num_draws
+            end += num_draws - 1
+        request.num_computed = end
+        if end > len(request.pages) * self.page_size:
             [new_page] = self._allocate(1)
             request.pages.append(new_page)
-        samples = end == request.length and request.max_new_tokens > 0
-        if samples:
-            request.length += 1
-        return Row(request, request.slot, start, query_len, new_page, samples)
+        return Row(request, request.slot, start, query_len, new_page, num_draws)
 
     # Admission
 

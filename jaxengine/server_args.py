@@ -107,10 +107,13 @@ class _Fields:
     cuda_graph_bs: tuple[int, ...] | None = argument(
         None, "all compiled batches of decode steps", low=1
     )
+    num_continuous_decode_steps: int | None = argument(
+        None, "tokens a request that does not stream gets in one launch; default: 8 on a GPU", low=1
+    )
     attention_backend: str | None = argument(
         None,
-        "implementation of attention",
-        choices=("xla",),
+        "kernels of attention and what is fused with it; xla: none, the reference",
+        choices=("mosaic", "triton", "xla"),
         otherwise="leave it out for the fastest that fits the device",
     )
 

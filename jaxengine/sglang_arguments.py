@@ -228,7 +228,7 @@ GROUPS: tuple[tuple[Verdict, str], ...] = (
     ),
     (
         Ignored("the scheduler has no such setting; it bounds a step by tokens, rows and pages"),
-        """enable_dynamic_chunking prefill_max_requests=None num_continuous_decode_steps=1
+        """enable_dynamic_chunking prefill_max_requests=None
         priority_scheduling_preemption_threshold=10 scheduler_recv_interval=1 sleep_on_idle
         enable_prefill_delayer prefill_delayer_max_delay_passes=30
         prefill_delayer_token_usage_low_watermark=None

@@ -2,6 +2,7 @@
 only."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxengine.compiling import Bucket, buckets, rungs
@@ -14,11 +15,12 @@ CPU_DEFAULTS = (512, 16)
 
 # Sizes of compiled steps: close together where padding costs most; on a CPU, where compiling does
 # and padding does not, few and far between.
-GPU_DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+GPU_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 GPU_EXTEND = (64, 256, 1024, 2048, 4096, 8192, 16384)
 CPU_DECODE = (1, 4, 16, 64, 256)
 CPU_EXTEND = (32, 512, 8192)
-FEW_ROWS = 8  # an extend step of a few prompts need not pay for the logits of a full batch
+GPU_DECODE_STEPS = 8  # so the host's work for one launch is hidden behind several steps
+GPU_SINGLE_STEP = (1, 8, 32, 128, 512)  # for streams, and the last tokens of others: fewer sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Sizes:
     max_running_requests: int
     chunk_size: int  # tokens of a step at most
     can_chunk: bool
+    decode_steps: int  # of one launch where nobody waits for single tokens
+    max_decode_rows: int  # of a decoding launch; more rows run as ragged ones
     buckets: tuple[Bucket, ...]
 
 
@@ -54,23 +58,37 @@ def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_c
         chunk_size = max(args.max_prefill_tokens, context_length)
     chunk_size = max(chunk_size, max_running)  # a step has room for every running request's token
     max_decode = min(args.cuda_graph_max_bs or max_running, max_running)
+    decode_steps = args.num_continuous_decode_steps
+    if decode_steps is None:
+        decode_steps = 1 if is_cpu else min(GPU_DECODE_STEPS, args.page_size)
+    decode = _decode_rows(args.cuda_graph_bs, decode_steps, max_decode, max_running, is_cpu)
+    extend = rungs(CPU_EXTEND if is_cpu else GPU_EXTEND, chunk_size)
     return Sizes(
         context_length=context_length,
         max_running_requests=max_running,
         chunk_size=chunk_size,
         can_chunk=can_chunk,
-        buckets=_buckets(args.cuda_graph_bs, max_decode, chunk_size, max_running, is_cpu),
+        decode_steps=decode_steps,
+        max_decode_rows=max(decode[1]),
+        buckets=buckets(decode, extend, max_running),
     )
 
 
-def _buckets(
-    decode: tuple[int, ...] | None, max_decode: int, chunk_size: int, max_running: int, is_cpu: bool
-) -> tuple[Bucket, ...]:
-    extend = rungs(CPU_EXTEND if is_cpu else GPU_EXTEND, chunk_size)
-    rows = [max_running] if is_cpu else [min(FEW_ROWS, max_running), max_running]
-    default = rungs(CPU_DECODE if is_cpu else GPU_DECODE, max_decode)
-    chosen = [size for size in decode or default if size <= max_running]
-    return buckets(chosen, extend, rows)
+def _decode_rows(
+    wanted: tuple[int, ...] | None,
+    decode_steps: int,
+    max_decode: int,
+    max_running: int,
+    is_cpu: bool,
+) -> dict[int, Sequence[int]]:
+    """Steps of a decoding launch -> the numbers of rows to compile it for."""
+    if wanted is not None:
+        sizes = [size for size in wanted if size <= max_running] or [max_running]
+        return {1: sizes, decode_steps: sizes}
+    if is_cpu:
+        return {steps: rungs(CPU_DECODE, max_decode) for steps in (1, decode_steps)}
+    single = GPU_DECODE if decode_steps == 1 else GPU_SINGLE_STEP
+    return {decode_steps: rungs(GPU_DECODE, max_decode), 1: rungs(single, max_decode)}
 
 
 def _defaults(device_bytes: int, is_cpu: bool) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from jaxengine.loading import choose_dtype, find_model, load_model
 from jaxengine.loop import Loop
 from jaxengine.memory import Demand, device_bytes, num_bytes, num_pages_that_fit, step_bytes
 from jaxengine.models.config import ModelConfig
+from jaxengine.pallas_kernels.dispatch import Kernels, Problem, choose
 from jaxengine.results import OutputOptions
 from jaxengine.runner import INSTALL, Runner, StepPrograms
 from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
@@ -32,6 +33,7 @@ from jaxengine.version import __version__
 from jaxengine.watchdog import Watchdog
 
 MAX_COMPILE_THREADS = 16
+UNTUNED = {"xla_gpu_autotune_level": 0}  # compiles several times as fast
 ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
 
 logger = logging.getLogger("jaxengine")
@@ -132,6 +134,7 @@ def start(args: ServerArgs) -> Started:
         num_stop_ids=MAX_STOP_TOKEN_IDS + len(found.eos_token_ids),
         num_bias=MAX_LOGIT_BIAS,
         device=device,
+        kernels=_kernels(args, found.config, dtype, device),
     )
     with _phase("compile", seconds):
         num_pages, executables = _compile(args, programs, sizes)
@@ -193,8 +196,25 @@ def _scheduler(
         low_priority_first=args.schedule_low_priority_values_first,
         shares_prefixes=can_share and not args.disable_radix_cache,
         conservativeness=args.schedule_conservativeness,
+        decode_steps=sizes.decode_steps,
+        max_decode_rows=sizes.max_decode_rows,
         random_seed=random_seed,
     )
+
+
+def _kernels(args: ServerArgs, config: ModelConfig, dtype: str, device: Any) -> Kernels:
+    capability = None
+    if device.platform == "gpu" and "NVIDIA" in device.device_kind:
+        major, minor = device.compute_capability.split(".")
+        capability = int(major), int(minor)
+    problem = Problem(
+        capability=capability,
+        dtype=dtype,
+        head_size=config.head_size,
+        group_size=config.group_size,
+        page_size=args.page_size,
+    )
+    return choose(args.attention_backend, problem)
 
 
 def _device(kind: str | None) -> Any:
@@ -213,10 +233,10 @@ def _compile(args: ServerArgs, programs: StepPrograms, sizes: Sizes) -> tuple[in
     """The pool's size and all executables for it."""
     num_pages = _num_pages(args, programs, sizes)
     tasks: dict[Any, Any] = {
-        bucket: lambda bucket=bucket: programs.lower_step(bucket, num_pages)
+        bucket: lambda bucket=bucket: programs.trace_step(bucket, num_pages)
         for bucket in reversed(sizes.buckets)  # the slowest first
     }
-    tasks[INSTALL] = programs.lower_install
+    tasks[INSTALL] = programs.trace_install
     num_threads = min(os.cpu_count() or 1, MAX_COMPILE_THREADS)
     shows_progress = args.show_progress
     return num_pages, compile_all(tasks, num_threads=num_threads, shows_progress=shows_progress)
@@ -238,12 +258,11 @@ def _num_pages(args: ServerArgs, programs: StepPrograms, sizes: Sizes) -> int:
     )
     if useful * 2 <= fits:
         return useful
-    # The temporaries of a step do not depend on the pool's size, so any size tells them.
-    largest = max(sizes.buckets), max(sizes.buckets, key=lambda bucket: bucket.num_rows)
-    steps = max(
-        step_bytes(programs.lower_step(bucket, num_pages=fits // 2).compile())
-        for bucket in set(largest)
-    )
+    # The temporaries of a step do not depend on the pool's size, so any size tells them; nor, but
+    # for what the reserve covers, on which of the equivalent programs is the fastest.
+    options = UNTUNED if programs.device.platform == "gpu" else {}
+    largest = max(bucket for bucket in sizes.buckets if not bucket.num_steps)
+    steps = step_bytes(programs.trace_step(largest, fits // 2, **options)())
     return min(
         useful,
         num_pages_that_fit(

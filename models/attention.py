@@ -1,46 +1,138 @@
 """Attention of the query tokens of a batch, over the paged cache or within the batch alone.
 It knows heads and rows; projections, normalisation and rotation are the families'."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxengine.models.interface import Batch, LayerCache
+from jaxengine.models.layers import rms_norm
+from jaxengine.models.rope import Rotation, rotate
+from jaxengine.pallas_kernels import dispatch
+from jaxengine.pallas_kernels.dispatch import Kernels
 from jaxengine.pallas_kernels.paged_attention import paged_attention, write_kv
+from jaxengine.pallas_kernels.rotate_and_write import rotate_and_write
+
+
+class HeadNorms(NamedTuple):
+    """Scales of the root-mean-square normalisation of each query head and each key head."""
+
+    q: Float[Array, " H"]
+    k: Float[Array, " H"]
+    eps: float
 
 
 def attend(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    qkv: Float[Array, "T K G2 H"],
+    by: Rotation,
+    norms: HeadNorms | None,
     cache: LayerCache | None,
     batch: Batch,
     *,
     scale: float,
     window: int | None,
+    kernels: Kernels,
 ) -> tuple[Float[Array, "T N H"], LayerCache | None]:
     """softmax(scale q k') v over the tokens up to each query, its own included; and the new cache.
 
+    `qkv` holds, for each kv head, its G query heads, then k, then v (so `G2` = G + 2), neither
+    normed nor rotated yet.
     With a `window`, over the last `window` of those tokens. What padding tokens get is unspecified.
     """
     if cache is None:
+        q, k, v = prepare(qkv, by, norms)
         return attend_within(q, k, v, batch, scale=scale, window=window), None
     num_pages, _, _, page_size, _ = cache.shape
-    page_ids = write_pages(batch, num_pages, page_size)
-    cache = write_kv(cache, k, v, page_ids, batch.positions % page_size)
-    out = paged_attention(
+    page_ids, offsets = write_pages(batch, num_pages, page_size), batch.positions % page_size
+    if kernels.rotation == "xla":
+        q, k, v = prepare(qkv, by, norms)
+        cache = write_kv(cache, k, v, page_ids, offsets)
+    else:
+        q, cache = rotate_and_write(
+            qkv,
+            cache,
+            cos=by.cos,
+            sin=by.sin,
+            page_ids=page_ids,
+            offsets=offsets,
+            q_norm=norms and norms.q,
+            k_norm=norms and norms.k,
+            eps=norms.eps if norms else 0.0,
+            launches_early=kernels.launches_early,
+            interpret=kernels.interpret,
+        )
+    return attend_pages(q, cache, batch, scale=scale, window=window, kernels=kernels), cache
+
+
+def prepare(
+    qkv: Float[Array, "T K G2 H"], by: Rotation, norms: HeadNorms | None
+) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """Queries and keys, normed and rotated, and values."""
+    T, H = len(qkv), qkv.shape[3]
+    q, k, v = qkv[:, :, :-2].reshape(T, -1, H), qkv[:, :, -2], qkv[:, :, -1]
+    if norms is not None:
+        q, k = rms_norm(q, norms.q, eps=norms.eps), rms_norm(k, norms.k, eps=norms.eps)
+    return rotate(q, by), rotate(k, by), v
+
+
+def attend_pages(
+    q: Float[Array, "T N H"],
+    cache: LayerCache,
+    batch: Batch,
+    *,
+    scale: float,
+    window: int | None,
+    kernels: Kernels,
+) -> Float[Array, "T N H"]:
+    """Attention to what the pages hold, K and V of the queries' own tokens included.
+
+    Rows of one token are decoded by the kernel made for that, in any batch: it reads each key once
+    for all query heads that share it.
+    """
+    how = dict(scale=scale, window=window)
+    decode, extend = dispatch.paged_decode(kernels), dispatch.ragged_extend(kernels)
+    if batch.is_decode and decode is not None:
+        return decode(q, cache, kv_lens=batch.kv_lens, page_table=batch.page_table, **how)
+    if batch.is_decode or decode is None or extend is None:
+        return paged_attention(q, cache, **_ragged(batch), **how)
+    out = extend(
         q,
         cache,
-        rows=batch.rows,
-        positions=batch.positions,
         query_starts=batch.query_starts,
         query_lens=batch.query_lens,
         kv_lens=batch.kv_lens,
         page_table=batch.page_table,
-        scale=scale,
-        window=window,
+        **how,
     )
-    return out, cache
+    is_single = batch.query_lens == 1
+    singles = decode(
+        q.at[batch.query_starts].get(mode="clip"),
+        cache,
+        kv_lens=jnp.where(is_single, batch.kv_lens, 0),
+        page_table=batch.page_table,
+        **how,
+    )
+    # Distinct places, so that it is one write in place: a row that is none goes nowhere.
+    nowhere = len(q) + jnp.arange(len(is_single), dtype=jnp.int32)
+    places = jnp.where(is_single, batch.query_starts, nowhere)
+    return out.at[places].set(singles, mode="drop", unique_indices=True)
+
+
+def _ragged(batch: Batch) -> dict[str, jax.Array]:
+    """What the reference wants to know of a batch."""
+    starts = batch.query_starts
+    if starts is None:
+        starts = jnp.arange(len(batch.query_lens), dtype=jnp.int32)
+    return dict(
+        rows=batch.rows,
+        positions=batch.positions,
+        query_starts=starts,
+        query_lens=batch.query_lens,
+        kv_lens=batch.kv_lens,
+        page_table=batch.page_table,
+    )
 
 
 def write_pages(batch: Batch, num_pages: int, page_size: int) -> Int[Array, " T"]:

@@ -12,6 +12,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+
 LayerCache = Float[Array, "pages 2 K page_size H"]
 """Keys ([:, 0]) and values ([:, 1]) of one layer. Page 0 belongs to nobody: unused page-table
 entries point at it, and nothing that is read from it survives a length mask."""
@@ -24,16 +26,23 @@ class Batch(NamedTuple):
     """The query tokens of one step: `T` tokens of `B` rows, flat, row after row, padding last.
 
     A row is one sequence. Its query tokens are the last `query_lens` of its `kv_lens` tokens.
+
+    In a decode batch every row has one token, or none, and token t is row t's: `T` equals `B`. That
+    is known while a program is traced, so that kernels made for it are chosen then.
     """
 
     tokens: Int[Array, " T"]
     positions: Int[Array, " T"]  # place of the token in its sequence, from 0
     rows: Int[Array, " T"]  # row of the token; B for padding
-    query_starts: Int[Array, " B"]  # index in T of the row's first query token
+    query_starts: Int[Array, " B"] | None  # index in T of the row's first query token; None: decode
     query_lens: Int[Array, " B"]  # 0 for a padding row
     kv_lens: Int[Array, " B"]  # length of the sequence, this step's tokens included
     prompt_lens: Int[Array, " B"]  # length of the prompt: `dynamic` rope scaling depends on it
     page_table: Int[Array, "B P"]  # page ids in order of position; 0 where there is none
+
+    @property
+    def is_decode(self) -> bool:
+        return self.query_starts is None
 
 
 @runtime_checkable
@@ -41,12 +50,12 @@ class Model(Protocol):
     """A decoder. `cache=None` attends within the batch alone (training, tests, the naive loop)."""
 
     def __call__(
-        self, batch: Batch, cache: KVCache | None
+        self, batch: Batch, cache: KVCache | None, kernels: Kernels = XLA
     ) -> tuple[Float[Array, "T D"], KVCache | None]:
         """Final-normed hidden states of every token, and the cache with their K and V written."""
         ...
 
-    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    def logits(self, hidden: Float[Array, "B D"], kernels: Kernels = XLA) -> Float[Array, "B V"]:
         """Float32 next-token logits."""
         ...
 

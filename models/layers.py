@@ -1,12 +1,15 @@
-"""What every family is made of: parameters with named axes, normalisation, matrix product.
+"""What every family is made of: parameters with named axes, normalisation, matrix products.
 It knows arrays, not layers of a particular model."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+from jaxengine.pallas_kernels.few_row_linear import few_row_gated, few_row_linear
 
 
 class Parameters(NamedTuple):
@@ -27,6 +30,16 @@ class Parameters(NamedTuple):
         return nnx.Param(jnp.ones(tuple(axes.values()), self.dtype), axes=tuple(axes))
 
 
+class Norm(NamedTuple):
+    """Root-mean-square normalisation with its parameters."""
+
+    scale: Float[Array, " D"]
+    eps: float
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        return rms_norm(x, self.scale, eps=self.eps)
+
+
 def rms_norm(
     x: Float[Array, "*rows D"], scale: Float[Array, " D"], *, eps: float
 ) -> Float[Array, "*rows D"]:
@@ -38,10 +51,62 @@ def rms_norm(
 
 
 def linear(
-    spec: str, x: Float[Array, "..."], weight: nnx.Param, bias: nnx.Param | None = None
-) -> Float[Array, "..."]:
-    """The einsum of activations and a weight, plus bias: summed in float32, rounded once."""
-    out = jnp.einsum(spec, x, weight[...], preferred_element_type=jnp.float32)
-    if bias is not None:
-        out = out + bias[...].astype(jnp.float32)[None]
-    return out.astype(x.dtype)
+    x: Float[Array, "T D"],
+    weight: nnx.Param,
+    *,
+    norm: Norm | None = None,
+    bias: nnx.Param | None = None,
+    residual: Float[Array, "T F"] | None = None,
+    kernels: Kernels = XLA,
+) -> Float[Array, "T F"]:
+    """weight (normed x) + bias, rounded, + residual. Summed in float32.
+
+    The last axes of the weight, as many as make up `D`, are the input; those before, flat, `F`.
+    """
+    matrix = weight[...].reshape(-1, x.shape[1])
+    flat_bias = None if bias is None else bias[...].reshape(-1)
+    if kernels.takes_few_rows(len(x)):
+        how = dict(bias=flat_bias, residual=residual, **_norm(norm), **_how(kernels))
+        return few_row_linear(x, matrix, **how)
+    normed = x if norm is None else norm(x)
+    # A bias joins before the sums are rounded; without one the product may round them itself.
+    sum_dtype = x.dtype if flat_bias is None else jnp.float32
+    out = jnp.einsum("td,fd->tf", normed, matrix, preferred_element_type=sum_dtype)
+    if flat_bias is not None:
+        out = (out + flat_bias.astype(jnp.float32)[None]).astype(x.dtype)
+    return out if residual is None else residual + out
+
+
+def gated(
+    x: Float[Array, "T D"],
+    gate_up: nnx.Param,  # [2 F D]
+    *,
+    norm: Norm | None = None,
+    bias: nnx.Param | None = None,  # [2 F]
+    kernels: Kernels = XLA,
+) -> Float[Array, "T F"]:
+    """silu(gate x) * up x, of the normed x."""
+    if kernels.takes_few_rows(len(x)):
+        both_biases = None if bias is None else bias[...]
+        return few_row_gated(x, gate_up[...], bias=both_biases, **_norm(norm), **_how(kernels))
+    gate, up = jnp.split(linear(x, gate_up, norm=norm, bias=bias), 2, axis=1)
+    return jax.nn.silu(gate) * up
+
+
+def project(
+    hidden: Float[Array, "B D"], head: nnx.Param, *, kernels: Kernels = XLA
+) -> Float[Array, "B V"]:
+    """Float32 logits: the head's rows times each hidden state."""
+    return jnp.einsum("bd,vd->bv", hidden, head[...], preferred_element_type=jnp.float32)
+
+
+def _norm(norm: Norm | None) -> dict[str, Any]:
+    return (
+        dict(norm_scale=None, eps=0.0)
+        if norm is None
+        else dict(norm_scale=norm.scale, eps=norm.eps)
+    )
+
+
+def _how(kernels: Kernels) -> dict[str, bool]:
+    return dict(launches_early=kernels.launches_early, interpret=kernels.interpret)

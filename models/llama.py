@@ -7,16 +7,16 @@ Source: Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783.
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from jaxengine.models.attention import attend
+from jaxengine.models.attention import HeadNorms, attend
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.interface import Batch, KVCache, LayerCache, Piece
-from jaxengine.models.layers import Parameters, linear, rms_norm
-from jaxengine.models.rope import Rotation, rotate, rotation
+from jaxengine.models.layers import Norm, Parameters, gated, linear, project, rms_norm
+from jaxengine.models.rope import Rotation, rotation
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 
 
 class Attention(nnx.Module):
@@ -30,23 +30,33 @@ class Attention(nnx.Module):
         self.out = new.weight(embed=D, heads=K * G, head=H)
         self.out_bias = new.bias(embed=D) if config.output_bias else None
 
-    def project(
-        self, x: Float[Array, "T D"]
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        """Queries, keys and values, before rotation."""
-        qkv = linear("td,kghd->tkgh", x, self.qkv, self.qkv_bias)
-        q = qkv[:, :, :-2].reshape(x.shape[0], -1, qkv.shape[-1])
-        return q, qkv[:, :, -2], qkv[:, :, -1]
+    def head_norms(self) -> HeadNorms | None:
+        """How queries and keys are normalised before they are rotated; by default, not at all."""
+        return None
 
     def __call__(
-        self, x: Float[Array, "T D"], by: Rotation, cache: LayerCache | None, batch: Batch
+        self,
+        x: Float[Array, "T D"],
+        norm: Norm,
+        by: Rotation,
+        cache: LayerCache | None,
+        batch: Batch,
+        kernels: Kernels,
     ) -> tuple[Float[Array, "T D"], LayerCache | None]:
-        q, k, v = self.project(x)
-        scale = q.shape[-1] ** -0.5
-        out, cache = attend(
-            rotate(q, by), rotate(k, by), v, cache, batch, scale=scale, window=self.window
+        T, (K, _, H, _) = len(x), self.qkv.shape
+        qkv = linear(x, self.qkv, norm=norm, bias=self.qkv_bias, kernels=kernels)
+        mixed, cache = attend(
+            qkv.reshape(T, K, -1, H),
+            by,
+            self.head_norms(),
+            cache,
+            batch,
+            scale=H**-0.5,
+            window=self.window,
+            kernels=kernels,
         )
-        return linear("tnh,dnh->td", out, self.out, self.out_bias), cache
+        mixed = mixed.reshape(T, -1)
+        return linear(mixed, self.out, bias=self.out_bias, residual=x, kernels=kernels), cache
 
 
 class MLP(nnx.Module):
@@ -59,14 +69,13 @@ class MLP(nnx.Module):
         self.down = new.weight(embed=D, mlp=F)
         self.down_bias = new.bias(embed=D) if config.mlp_bias else None
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        gate_up = linear("td,cfd->tcf", x, self.gate_up, self.gate_up_bias)
-        hidden = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
-        return linear("tf,df->td", hidden, self.down, self.down_bias)
+    def __call__(self, x: Float[Array, "T D"], norm: Norm, kernels: Kernels) -> Float[Array, "T D"]:
+        hidden = gated(x, self.gate_up, norm=norm, bias=self.gate_up_bias, kernels=kernels)
+        return linear(hidden, self.down, bias=self.down_bias, residual=x, kernels=kernels)
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each on the normed stream and added to it."""
+    """Attention and MLP, each of the normed stream and added to it."""
 
     def __init__(self, config: ModelConfig, attention: Attention, new: Parameters):
         self.eps = config.rms_norm_eps
@@ -76,12 +85,16 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, new)
 
     def __call__(
-        self, x: Float[Array, "T D"], by: Rotation, cache: LayerCache | None, batch: Batch
+        self,
+        x: Float[Array, "T D"],
+        by: Rotation,
+        cache: LayerCache | None,
+        batch: Batch,
+        kernels: Kernels,
     ) -> tuple[Float[Array, "T D"], LayerCache | None]:
-        normed = rms_norm(x, self.input_layernorm[...], eps=self.eps)
-        attended, cache = self.attention(normed, by, cache, batch)
-        x = x + attended
-        return x + self.mlp(rms_norm(x, self.post_attention_layernorm[...], eps=self.eps)), cache
+        norm = Norm(self.input_layernorm[...], self.eps)
+        x, cache = self.attention(x, norm, by, cache, batch, kernels)
+        return self.mlp(x, Norm(self.post_attention_layernorm[...], self.eps), kernels), cache
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -101,21 +114,21 @@ class LlamaForCausalLM(nnx.Module):
         self.lm_head = None if config.tie_embeddings else new.weight(vocab=V, embed=D)
 
     def __call__(
-        self, batch: Batch, cache: KVCache | None
+        self, batch: Batch, cache: KVCache | None, kernels: Kernels = XLA
     ) -> tuple[Float[Array, "T D"], KVCache | None]:
         # An id outside the vocabulary gives NaN, which sampling reports, instead of another token.
         x = self.embed_tokens[...].at[batch.tokens].get(mode="fill", wrap_negative_indices=False)
         by = rotation(batch, self.config.rope, self.config.head_size, x.dtype)
         layer_caches = []
         for index, layer in enumerate(self.layers):
-            x, layer_cache = _run(*nnx.split(layer), x, by, cache and cache[index], batch)
+            x, layer_cache = _run(kernels, *nnx.split(layer), x, by, cache and cache[index], batch)
             layer_caches.append(layer_cache)
         x = rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
         return x, cache and tuple(layer_caches)
 
-    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    def logits(self, hidden: Float[Array, "B D"], kernels: Kernels = XLA) -> Float[Array, "B V"]:
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("bd,vd->bv", hidden, head[...], preferred_element_type=jnp.float32)
+        return project(hidden, head, kernels=kernels)
 
     @classmethod
     def checkpoint_pieces(cls, config: ModelConfig) -> dict[str, tuple[Piece, ...]]:
@@ -161,8 +174,9 @@ class LlamaForCausalLM(nnx.Module):
         return duplicate_head or name.endswith("rotary_emb.inv_freq")
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _run(
+    kernels: Kernels,
     structure: nnx.GraphDef,
     parameters: PyTree[Array],
     x: Float[Array, "T D"],
@@ -171,4 +185,4 @@ def _run(
     batch: Batch,
 ) -> tuple[Float[Array, "T D"], LayerCache | None]:
     """One layer. Layers of equal structure are traced and lowered once, however many there are."""
-    return nnx.merge(structure, parameters)(x, by, cache, batch)
+    return nnx.merge(structure, parameters)(x, by, cache, batch, kernels)

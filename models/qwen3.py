@@ -3,11 +3,10 @@
 Source: Yang et al. 2025, arXiv:2505.09388.
 """
 
-from jaxtyping import Array, Float
-
+from jaxengine.models.attention import HeadNorms
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.interface import Piece
-from jaxengine.models.layers import Parameters, rms_norm
+from jaxengine.models.layers import Parameters
 from jaxengine.models.llama import Attention, LlamaForCausalLM
 
 
@@ -20,12 +19,8 @@ class Qwen3Attention(Attention):
         self.q_norm = new.scale(head=config.head_size)
         self.k_norm = new.scale(head=config.head_size)
 
-    def project(
-        self, x: Float[Array, "T D"]
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        q, k, v = super().project(x)
-        q = rms_norm(q, self.q_norm[...], eps=self.eps)
-        return q, rms_norm(k, self.k_norm[...], eps=self.eps), v
+    def head_norms(self) -> HeadNorms:
+        return HeadNorms(self.q_norm[...], self.k_norm[...], self.eps)
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):

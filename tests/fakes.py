@@ -85,7 +85,7 @@ class FakeRunner:
         self.broken_rids: set[str] = set()  # requests whose logits are no numbers from now on
         self.is_closed = False
 
-    def submit(self, plan: StepPlan) -> list[int]:
+    def submit(self, plan: StepPlan) -> list[list[int]]:
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots), "two rows of a step have the same slot"
         starts = {row.request.rid: row.start for row in plan.rows}
@@ -93,11 +93,16 @@ class FakeRunner:
             self._install(request, starts[request.rid])
         for row in plan.rows:
             self._set_new_page(row)
-        for row in plan.rows:  # all rows write before any reads, as each layer does
-            self._write(row)
-        return [self._draw(row) for row in plan.rows]
+        drawn: list[list[int]] = [[] for _ in plan.rows]
+        for step in range(max(plan.num_steps, 1)):
+            going = [i for i, row in enumerate(plan.rows) if step < max(row.num_draws, 1)]
+            for i in going:  # all rows write before any reads, as each layer does
+                self._write(plan.rows[i], step)
+            for i, row in enumerate(plan.rows):  # what a row that has ended draws is nonsense
+                drawn[i].append(self._draw(row, step) if i in going else 0)
+        return drawn
 
-    def collect(self, submitted: list[int]) -> list[int]:
+    def collect(self, submitted: list[list[int]]) -> list[list[int]]:
         return submitted
 
     def close(self) -> None:
@@ -116,7 +121,8 @@ class FakeRunner:
     def _set_new_page(self, row: Row) -> None:
         if row.new_page:
             table = self.slot(row).table
-            assert row.start == len(table) * self.page_size, "a new page begins amidst another"
+            first = -(-row.start // self.page_size)
+            assert first == len(table), "a new page begins amidst another, or behind a gap"
             table.append(row.new_page)
             self._wipe(row.new_page)
 
@@ -124,20 +130,20 @@ class FakeRunner:
         assert page > 0, "page 0 is nobody's"
         self.pages[page] = [NOTHING] * self.page_size
 
-    def _write(self, row: Row) -> None:
-        slot = self.slot(row)
-        for position in range(row.start, row.start + row.query_len):
+    def _write(self, row: Row, step: int) -> None:
+        slot, start = self.slot(row), row.start + step
+        for position in range(start, start + row.query_len):
             page = self.pages[slot.table[position // self.page_size]]
             offset = position % self.page_size
             assert page[offset] == NOTHING, f"{row.request.rid} overwrites what is in use"
             page[offset] = slot.values[position]
 
-    def _draw(self, row: Row) -> int:
-        slot, kv_len = self.slot(row), row.start + row.query_len
+    def _draw(self, row: Row, step: int) -> int:
+        slot, kv_len = self.slot(row), row.start + step + row.query_len
         held = [value for page in slot.table for value in self.pages[page]]
         assert held[:kv_len] == slot.values[:kv_len], f"{row.request.rid} reads foreign tokens"
         token = next_token(slot.values[kv_len - 1])
-        if row.samples:
+        if row.num_draws:
             assert kv_len == len(slot.values), "a token is drawn where the next one is known"
             slot.append(token)
         return NOT_FINITE if row.request.rid in self.broken_rids else token

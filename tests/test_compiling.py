@@ -16,7 +16,7 @@ def lowering(size: int):
 
 def test_all_are_built_whatever_the_number_of_threads() -> None:
     for num_threads in (1, 4):
-        tasks = {size: lambda size=size: lowering(size) for size in (1, 2, 3)}
+        tasks = {size: lambda size=size: lowering(size).compile for size in (1, 2, 3)}
         built = compile_all(tasks, num_threads=num_threads, shows_progress=False)
         for size in tasks:
             np.testing.assert_array_equal(
@@ -29,7 +29,7 @@ def test_a_failure_is_raised() -> None:
         raise ValueError("cannot be lowered")
 
     with pytest.raises(ValueError, match="cannot be lowered"):
-        compile_all({1: lambda: lowering(1), 2: fail}, num_threads=2, shows_progress=False)
+        compile_all({1: lambda: lowering(1).compile, 2: fail}, num_threads=2, shows_progress=False)
 
 
 def test_the_counter_sees_its_own_thread_alone() -> None:

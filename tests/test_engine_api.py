@@ -264,7 +264,7 @@ def test_nothing_is_compiled_after_construction(demo_engine):
     greedy(demo_engine, PROMPTS)
     info = demo_engine.get_server_info()
     assert info["num_compilations_since_start"] == 0 and info["num_steps"] > 0
-    assert (4, 4) in info["compiled_steps"] and (64, 4) in info["compiled_steps"]
+    assert {(4, 4, 1), (64, 4, 0)} <= set(info["compiled_steps"])
 
 
 def test_the_server_info_says_what_was_resolved(demo_engine):

@@ -21,6 +21,7 @@ from jaxengine.startup import Started, start
 PAGE_SIZE = 4
 CONTEXT = 96
 SLOTS = 6
+STEPS = 3  # of one launch
 PLENTY, SCARCE = 400, 30  # pages; one request may need 24
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,6 +32,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prefixes in chunks": dict(chunk_size=11),
     "prefixes, plain loop": dict(chunk_size=11, overlaps=False),
     "unmixed": dict(chunk_size=16, mixes_decode=False),
+    "several steps a launch": dict(chunk_size=32, decode_steps=STEPS),
+    "several steps, unmixed, plain loop": dict(
+        chunk_size=16, mixes_decode=False, overlaps=False, decode_steps=STEPS
+    ),
+    "scarce pages, several steps a launch": dict(
+        chunk_size=16, num_pages=SCARCE, conservativeness=0.0, decode_steps=STEPS
+    ),
     "lpm": dict(chunk_size=32, policy="lpm"),
     "scarce pages": dict(chunk_size=16, num_pages=SCARCE, conservativeness=0.0),
     "scarce pages, no prefixes": dict(
@@ -74,6 +82,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, family: str, **overrides: 
             max_running_requests=SLOTS,
             max_total_tokens=PLENTY * PAGE_SIZE,
             chunked_prefill_size=CONTEXT,
+            num_continuous_decode_steps=STEPS,
             show_progress=False,
             device="cpu",
         )

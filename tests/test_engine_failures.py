@@ -77,14 +77,14 @@ def test_numbers_that_fail_later_keep_the_tokens_before(make_engine):
     def counting(plan: Any) -> Any:
         return plan, submit(plan)
 
-    def failing(submitted: Any) -> list[int]:
+    def failing(submitted: Any) -> list[list[int]]:
         nonlocal count
         plan, drawn = submitted
         tokens = collect(drawn)
         for index, row in enumerate(plan.rows):
             if row.request.rid == "bad":
                 count += 1
-                tokens[index] = -1 if count == 3 else tokens[index]
+                tokens[index] = [-1] if count == 3 else tokens[index]
         return tokens
 
     def install() -> None:

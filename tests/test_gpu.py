@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from naive import naive_greedy
+from numerics import assert_near_exact
 from tiny import save_checkpoint, tiny_config
 
 from jaxengine import Engine
+from jaxengine.models import build
+from jaxengine.models.config import ModelConfig
+from jaxengine.models.interface import Batch
+from jaxengine.models.shapes import SHAPES
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -57,6 +65,87 @@ def test_the_embedded_model_speaks_in_bfloat16() -> None:
         assert len(set(texts)) == 2
         streamed = list(engine.generate(prompts[0], greedy(40), stream=True))
         assert streamed[-1]["text"] == texts[0]
+
+
+def test_the_embedded_model_says_the_same_with_kernels_and_without() -> None:
+    prompts = ["The import statement", "A dictionary is", "for", "A function definition"] * 6
+    texts = []
+    for backend in ("xla", None):
+        with Engine(show_progress=False, attention_backend=backend, **SMALL) as engine:
+            texts.append([result["text"] for result in engine.generate(prompts, greedy(60))])
+    assert texts[0] == texts[1]
+
+
+CONTEXTS = (1, 7, 64, 1000, 8000)
+
+
+@pytest.mark.parametrize("backend", ["mosaic", "triton"])
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen2.5-0.5b", "llama-3.1-8b"])
+def test_logits_with_every_kernel_are_as_near_as_without(shape: str, backend: str) -> None:
+    """Prompts of all lengths in one batch, then one token more of each."""
+    config = ModelConfig.from_dict(SHAPES[shape] | {"num_hidden_layers": 3, "vocab_size": 8192})
+    problem = Problem(
+        capability=(9, 0),
+        dtype="bfloat16",
+        head_size=config.head_size,
+        group_size=config.group_size,
+        page_size=64,
+    )
+    exact, naive, got = (
+        prefill_and_decode(config, dtype, kernels)
+        for dtype, kernels in (
+            ("float32", XLA),
+            ("bfloat16", XLA),
+            ("bfloat16", choose(backend, problem)),
+        )
+    )
+    assert_near_exact(got, exact.astype(np.float64), naive)
+
+
+def prefill_and_decode(config: ModelConfig, dtype: str, kernels: Kernels) -> np.ndarray:
+    """Logits [2 B V] of the last token of each prompt and of one behind it."""
+    graph, state = nnx.split(build(config, dtype="bfloat16"))  # the same weights in either dtype
+    leaves, tree = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+    lengths = np.array(CONTEXTS)
+    page_table = np.zeros((len(lengths), 8192 // 64), np.int32)
+    page_table[:, :126] = 1 + np.random.default_rng(0).permutation(126 * len(lengths)).reshape(
+        -1, 126
+    )
+    num_tokens = -(-lengths.sum() // 128) * 128
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, num_tokens))
+    rows = np.repeat(np.arange(len(lengths) + 1), [*lengths, num_tokens - lengths.sum()])
+    starts = np.cumsum(lengths) - lengths
+    positions = np.where(rows < len(lengths), np.arange(num_tokens) - np.append(starts, 0)[rows], 0)
+    prefill = dict(
+        tokens=tokens[0], positions=positions, rows=rows, query_starts=starts, query_lens=lengths
+    )
+    decode = dict(
+        tokens=tokens[1, : len(lengths)],
+        positions=lengths,
+        rows=np.arange(len(lengths)),
+        query_starts=None,
+        query_lens=np.ones_like(lengths),
+    )
+    shape = (640, 2, config.num_kv_heads, 64, config.head_size)
+    cache = tuple(jnp.full(shape, jnp.nan, dtype) for _ in range(config.num_layers))
+
+    @jax.jit
+    def run(leaves, batch, cache, last):
+        model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        hidden, cache = model(batch, cache, kernels)
+        return model.logits(hidden[last], kernels), cache
+
+    logits = []
+    with jax.default_matmul_precision("highest"):
+        for fields, kv_lens, last in (
+            (prefill, lengths, starts + lengths - 1),
+            (decode, lengths + 1, np.arange(len(lengths))),
+        ):
+            fields |= dict(kv_lens=kv_lens, prompt_lens=lengths, page_table=page_table)
+            batch = Batch(**jax.tree.map(lambda field: jnp.asarray(field, jnp.int32), fields))
+            out, cache = run(leaves, batch, cache, jnp.asarray(last))
+            logits.append(np.asarray(out))
+    return np.stack(logits)
 
 
 @pytest.fixture(scope="module", params=["qwen2.5-0.5b", "llama-3.1-8b"])

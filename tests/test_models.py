@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,11 +7,13 @@ import pytest
 import tiny
 from flax import nnx
 from jaxtyping import TypeCheckError
+from numerics import assert_near_exact
 
 from jaxengine.models import build, checkpoint_pieces, is_ignorable
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.interface import Batch, dense_batch, rows_of
 from jaxengine.models.shapes import SHAPES
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 
 LENGTHS = (1, 2, 17, 65, 101)
 WINDOWS = {
@@ -102,6 +106,22 @@ def ragged(chunks, starts, prompt_lens, page_table=None, num_tokens=None):
     return Batch(**{name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()})
 
 
+def decoding(chunks, starts, prompt_lens, page_table):
+    """The same of rows of one token or none, as a decode batch."""
+    lengths, starts = np.array([len(chunk) for chunk in chunks]), np.array(starts)
+    arrays = dict(
+        tokens=[chunk[0] if len(chunk) else 0 for chunk in chunks],
+        positions=np.where(lengths, starts, 0),
+        rows=np.where(lengths, np.arange(len(chunks)), len(chunks)),
+        query_lens=lengths,
+        kv_lens=np.where(lengths, starts + 1, 0),
+        prompt_lens=prompt_lens,
+        page_table=page_table,
+    )
+    arrays = {name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()}
+    return Batch(query_starts=None, **arrays)
+
+
 def dense_logits(model, prompts):
     lengths = [len(ids) for ids in prompts]
     hidden, _ = model(ragged(prompts, [0] * len(prompts), lengths), None)
@@ -161,7 +181,7 @@ def test_in_bfloat16_the_error_is_at_most_twice_that_of_transformers(family, rng
     assert np.sqrt(np.mean(error**2)) <= 2 * np.sqrt(np.mean(naive**2))
 
 
-def paged_logits(model, sequences, prompt_lens, chunk=16, page_size=4):
+def paged_logits(model, sequences, prompt_lens, chunk=16, page_size=4, kernels=XLA):
     """Logits of every token, prompts in chunks and the rest one by one, over a shuffled page pool.
 
     Rows take turns and lengths differ, so that steps mix chunks, single tokens and empty rows.
@@ -171,14 +191,15 @@ def paged_logits(model, sequences, prompt_lens, chunk=16, page_size=4):
     ids = np.random.default_rng(1).permutation(num_rows * pages_per_row) + 1
     page_table = ids.reshape(num_rows, pages_per_row)
     shape = (ids.size + 1, 2, config.num_kv_heads, page_size, config.head_size)
-    cache = tuple(jnp.full(shape, jnp.nan, jnp.float32) for _ in range(config.num_layers))
+    dtype = model.embed_tokens.dtype
+    cache = tuple(jnp.full(shape, jnp.nan, dtype) for _ in range(config.num_layers))
     graph, state = nnx.split(model)
 
     @jax.jit
     def step(state, batch, cache):
         model = nnx.merge(graph, state)
-        hidden, cache = model(batch, cache)
-        return model.logits(hidden), cache
+        hidden, cache = model(batch, cache, kernels)
+        return model.logits(hidden, kernels), cache
 
     done = np.zeros(num_rows, int)
     logits = [[] for _ in sequences]
@@ -189,9 +210,13 @@ def paged_logits(model, sequences, prompt_lens, chunk=16, page_size=4):
             size = min(chunk, prompt_lens[row] - done[row]) if done[row] < prompt_lens[row] else 1
             rests = num_rows > 1 and (turn + row) % 3 == 0
             chunks.append(ids[done[row] : done[row] + (0 if rests else size)])
-        batch = ragged(chunks, done, prompt_lens, page_table, chunk * num_rows)
+        if max(map(len, chunks)) == 1:
+            batch, starts = decoding(chunks, done, prompt_lens, page_table), range(num_rows)
+        else:
+            batch = ragged(chunks, done, prompt_lens, page_table, chunk * num_rows)
+            starts = np.asarray(batch.query_starts)
         out, cache = step(state, batch, cache)
-        for row, start in enumerate(np.asarray(batch.query_starts)):
+        for row, start in enumerate(starts):
             logits[row].append(np.asarray(out)[start : start + len(chunks[row])])
             done[row] += len(chunks[row])
         turn += 1
@@ -216,6 +241,34 @@ def test_chunks_over_a_paged_cache_give_the_logits_of_one_pass(family, rope, ove
     assert_same_logits(got, dense_logits(model, sequences))
 
 
+INTERPRETED = Kernels(
+    decode="triton", extend="triton", rotation="triton", max_few_rows=16, interpret=True
+)
+
+
+@pytest.mark.parametrize(
+    "family, overrides",
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", WINDOWS["qwen2"]),
+        ("qwen3", {"num_key_value_heads": 1, "rope_scaling": None}),
+    ],
+    ids=["biases", "window", "head norms"],
+)
+def test_kernels_give_the_logits_of_the_reference(family, overrides, rng):
+    hf = tiny.tiny_config(family, head_dim=64, **overrides)
+    tensors = tiny.random_tensors(hf)
+    sequences = random_prompts(rng, (5, 17, 41, 70))
+    how = dict(prompt_lens=[1, 16, 37, 66], chunk=16, page_size=16)
+    exact = np.concatenate(dense_logits(filled(hf, tensors), sequences))
+    model = filled(hf, tensors, "bfloat16")
+    naive, got = (
+        np.concatenate(paged_logits(model, sequences, kernels=kernels, **how))
+        for kernels in (XLA, INTERPRETED)
+    )
+    assert_near_exact(got, exact.astype(np.float64), naive)
+
+
 @pytest.mark.oracle
 def test_dynamic_rope_over_a_cache_is_prefill_then_decode_of_transformers(rng):
     hf = tiny.tiny_config("llama", rope="dynamic")
@@ -232,13 +285,15 @@ def test_dynamic_rope_over_a_cache_is_prefill_then_decode_of_transformers(rng):
 
 def prefill_then_decode(model, ids, prompt_len):
     import torch
+    from transformers import DynamicCache
 
-    logits, past = [], None
+    logits, cache = [], DynamicCache()
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"  # its name before 5.24
     with torch.no_grad():
         for chunk in [ids[:prompt_len], *ids[prompt_len:, None]]:
-            out = model(torch.from_numpy(chunk)[None], past_key_values=past, use_cache=True)
+            out = model(torch.from_numpy(chunk)[None], use_cache=True, **{name: cache})
             logits.append(out.logits[0].numpy())
-            past = out.past_key_values
     return np.concatenate(logits)
 
 

@@ -1,5 +1,6 @@
 """The step: what it lowers to, what it aliases, what it writes where."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda import lower_for_cuda
 from flax import nnx
 from tiny import tiny_config
 
@@ -15,12 +17,15 @@ from jaxengine.compiling import Bucket
 from jaxengine.memory import num_bytes
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.programs import RequestState
 from jaxengine.runner import StepPrograms
 from jaxengine.sampling import empty_state
 
 
-def step_programs(config: ModelConfig, dtype: str, context_length: int = 64) -> StepPrograms:
+def step_programs(
+    config: ModelConfig, dtype: str, context_length: int = 64, kernels: Kernels = XLA
+) -> StepPrograms:
     abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype))
     graphdef, params = nnx.split(abstract)
     return StepPrograms(
@@ -34,6 +39,7 @@ def step_programs(config: ModelConfig, dtype: str, context_length: int = 64) -> 
         num_stop_ids=2,
         num_bias=8,
         device=jax.devices()[0],
+        kernels=kernels,
     )
 
 
@@ -42,9 +48,12 @@ def tiny() -> StepPrograms:
     return step_programs(ModelConfig.from_dict(tiny_config("qwen3").to_dict()), "float32")
 
 
-@pytest.mark.parametrize("bucket", [Bucket(4, 4), Bucket(32, 4)], ids=["decode", "extend"])
+BUCKETS = {"decode": Bucket(4, 4, 1), "several steps": Bucket(4, 4, 3), "extend": Bucket(32, 4)}
+
+
+@pytest.mark.parametrize("bucket", BUCKETS.values(), ids=BUCKETS)
 def test_a_step_keeps_pool_and_state_in_place(tiny: StepPrograms, bucket: Bucket) -> None:
-    analysis = tiny.lower_step(bucket, num_pages=500).compile().memory_analysis()
+    analysis = tiny.trace_step(bucket, num_pages=500)().memory_analysis()
     state = tiny.state_shapes
     kept = num_bytes((tiny.cache_shapes(500), state.tokens, state.page_table))
     assert analysis.alias_size_in_bytes >= kept
@@ -52,33 +61,55 @@ def test_a_step_keeps_pool_and_state_in_place(tiny: StepPrograms, bucket: Bucket
 
 
 def test_installing_a_request_keeps_the_state_in_place(tiny: StepPrograms) -> None:
-    analysis = tiny.lower_install().compile().memory_analysis()
+    analysis = tiny.trace_install()().memory_analysis()
     assert analysis.alias_size_in_bytes >= num_bytes(tiny.state_shapes)
 
 
-@pytest.mark.parametrize("shape", ["qwen2.5-0.5b", "llama-3.1-8b"])
-def test_steps_of_real_models_lower_for_cuda(shape: str) -> None:
-    config = ModelConfig.from_dict(SHAPES[shape])
-    steps = step_programs(config, "bfloat16", context_length=8192)
+TRITON = Kernels(
+    decode="triton", extend="triton", rotation="triton", sampling="triton", max_few_rows=2
+)
+ALL_KERNELS = {"mosaic": replace(TRITON, decode="mosaic", extend="mosaic"), "triton": TRITON}
+
+
+def lowered_for_cuda(steps: StepPrograms, bucket: Bucket) -> str:
     state = steps.state_shapes
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), steps.params)
-    rows = jax.ShapeDtypeStruct((4, programs.NUM_ROW_FIELDS), np.int32)
-    for num_tokens in (4, 256):
-        step = jax.jit(partial(steps._step, num_tokens=num_tokens), donate_argnums=(1, 2, 3))
-        shapes = (params, steps.cache_shapes(9), state.tokens, state.page_table, state.sampling)
-        bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
-        text = step.trace(*bare, rows).lower(lowering_platforms=("cuda",)).as_text()
+    rows = jax.ShapeDtypeStruct((bucket.num_rows, programs.NUM_ROW_FIELDS), np.int32)
+    cache = steps.cache_shapes(9)
+    shapes = (steps.params, cache, state.tokens, state.page_table, state.sampling, rows)
+    bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+    return lower_for_cuda(partial(steps._step, bucket=bucket), *bare, donate=(1, 2, 3)).as_text()
+
+
+@pytest.mark.parametrize("kernels", ALL_KERNELS.values(), ids=ALL_KERNELS)
+@pytest.mark.parametrize("shape", ["qwen2.5-0.5b", "llama-3.1-8b"])
+def test_steps_of_real_models_lower_for_cuda(shape: str, kernels: Kernels) -> None:
+    config = ModelConfig.from_dict(SHAPES[shape])
+    steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
+    for bucket in (Bucket(1, 1, 8), Bucket(4, 4, 1), Bucket(256, 4)):
+        text = lowered_for_cuda(steps, bucket)
         assert text.count("func.func private @_run") == 1, "layers of one kind are lowered once"
+
+
+@pytest.mark.parametrize("kernels", ALL_KERNELS.values(), ids=ALL_KERNELS)
+def test_a_step_is_one_stretch_that_a_cuda_graph_can_hold(kernels: Kernels) -> None:
+    """A loop would end the graph, and a cache that no output aliases would be copied."""
+    config = ModelConfig.from_dict(SHAPES["qwen3-0.6b"] | {"num_hidden_layers": 2})
+    steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
+    for bucket, num_loops in ((Bucket(1, 1, 1), 0), (Bucket(4, 4, 1), 0), (Bucket(4, 4, 8), 1)):
+        text = lowered_for_cuda(steps, bucket)
+        assert text.count("stablehlo.while") == num_loops
+        assert text.count("tf.aliasing_output") == config.num_layers + 2  # tokens and page table
+        assert text.count('name = "few_row') == (4 if bucket.num_rows == 1 else 0), "of a layer"
 
 
 class Echo:
     """A model whose hidden state is the token and whose likeliest next token is the one after."""
 
-    def __call__(self, batch: Any, cache: Any) -> Any:
+    def __call__(self, batch: Any, cache: Any, kernels: Any) -> Any:
         self.batch = batch
         return batch.tokens[:, None].astype(jnp.float32), cache
 
-    def logits(self, hidden: Any) -> Any:
+    def logits(self, hidden: Any, kernels: Any) -> Any:
         return jax.nn.one_hot(hidden[:, 0].astype(jnp.int32) + 1, 50)
 
 
@@ -97,14 +128,64 @@ def test_a_step_reads_and_writes_the_history_of_its_slots() -> None:
         np.int32,
     )
     model = Echo()
-    _, after, drawn = programs.step(model, cache, state, jnp.asarray(rows), num_tokens=10)
+    _, after, drawn = programs.extend(model, cache, state, jnp.asarray(rows), num_tokens=10)
     np.testing.assert_array_equal(model.batch.tokens[:7], [36, 37, 38, 39, 11, 12, 13])
     np.testing.assert_array_equal(model.batch.positions[:7], [16, 17, 18, 19, 1, 2, 3])
     np.testing.assert_array_equal(model.batch.rows, [0, 0, 0, 0, 1, 1, 1, 3, 3, 3])
     np.testing.assert_array_equal(model.batch.kv_lens, [20, 4, 0])
     np.testing.assert_array_equal(after.page_table[2], [7, 8, 0])
-    assert drawn[0] == 40
-    assert drawn[1] == 14
+    np.testing.assert_array_equal(drawn[0, :2], [40, 14])
     assert after.tokens[2, 20] == 40, "a row that samples writes its token behind the last"
     np.testing.assert_array_equal(after.tokens[0], tokens[0], "the next token was known already")
     np.testing.assert_array_equal(after.tokens[4], tokens[4])
+
+
+def test_a_decode_program_goes_on_from_what_it_drew() -> None:
+    tokens, page_table = programs.empty_tables(num_slots=4, context_length=40, page_size=16)
+    tokens = tokens.at[0, :15].set(jnp.arange(10, 25)).at[2, :20].set(jnp.arange(20, 40))
+    page_table = page_table.at[0, 0].set(7).at[2, :2].set(jnp.array([4, 5]))
+    state = RequestState(tokens, page_table, empty_state(5, 2, 8))
+    cache = (jnp.zeros((9, 2, 1, 16, 2)),)
+    rows = np.array(
+        [
+            [0, 14, 1, 8, 3],  # into a new page with its third token
+            [2, 19, 1, 0, 1],  # wants one token of the three
+            [3, 5, 1, 0, 0],  # the end of a prompt that nobody wants continued
+            [4, 0, 0, 0, 0],  # padding
+        ],
+        np.int32,
+    )
+    model = Echo()
+    _, after, drawn = programs.decode(model, cache, state, jnp.asarray(rows), num_steps=3)
+    np.testing.assert_array_equal(drawn[:, 0], [25, 26, 27])
+    assert drawn[0, 1] == 40
+    np.testing.assert_array_equal(after.tokens[0, :19], [*range(10, 28), 0])
+    np.testing.assert_array_equal(after.tokens[2, 19:22], [39, 40, 0])
+    np.testing.assert_array_equal(after.tokens[3:], tokens[3:])
+    np.testing.assert_array_equal(after.page_table[0], [7, 8, 0])
+
+
+def test_installing_fills_slots_from_flat_tokens_a_stretch_at_a_time() -> None:
+    state = RequestState(*programs.empty_tables(4, 40, 16), empty_state(5, 2, 8))
+    width = sum(leaf.size // leaf.shape[0] for leaf in state.sampling)
+    state = state._replace(tokens=state.tokens + 9)
+    fields = np.ones((3, width), np.int32)
+    fields[1] = 2
+    new = programs.InstallInputs(
+        slots=jnp.array([3, 0, 5]),  # the last one is for nobody
+        starts=jnp.array([2, 30, 0]),
+        num_tokens=jnp.array([4, 3, 0]),
+        sampling=jnp.asarray(fields),
+        page_table=jnp.array([[4, 5, 6], [7, 0, 0], [8, 8, 8]]),
+        tokens=jnp.arange(100, 110),
+    )
+    after = programs.install(state, new)
+    expected = np.full((5, 40), 9)
+    expected[3, 2:6] = [100, 101, 102, 103]
+    expected[0, 30:33] = [104, 105, 106]
+    np.testing.assert_array_equal(after.tokens, expected)
+    np.testing.assert_array_equal(
+        after.page_table, [[7, 0, 0], [0, 0, 0], [0, 0, 0], [4, 5, 6], [0, 0, 0]]
+    )
+    np.testing.assert_array_equal(after.sampling.top_k[jnp.array([0, 3])], [2, 1])
+    assert after.sampling.top_k[1] == state.sampling.top_k[1]

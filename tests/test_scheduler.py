@@ -36,7 +36,7 @@ class Host:
             num_slots=self.options["max_running_requests"],
         )
         self.requests: list[Request] = []
-        self.flying: list[tuple[StepPlan, list[int]]] = []
+        self.flying: list[tuple[StepPlan, list[list[int]]]] = []
         self.lengths: dict[Request, int] = {}  # tokens that the device knows
         self.starts: dict[Request, int] = {}  # where the next row of a running request begins
         self.admitted: dict[Request, int] = {}  # and found cached, in order of first admission
@@ -72,8 +72,8 @@ class Host:
 
     def collect(self) -> None:
         plan, submitted = self.flying.pop(0)
-        for row, token in zip(plan.rows, self.runner.collect(submitted), strict=True):
-            self._deliver(row, token)
+        for row, tokens in zip(plan.rows, self.runner.collect(submitted), strict=True):
+            self._deliver(row, tokens[: row.num_draws])
         self.scheduler.check_integrity()
 
     def abort(self, request: Request) -> None:
@@ -103,18 +103,21 @@ class Host:
         assert self.scheduler.pool.num_free == self.options["num_pages"]
         self.scheduler.check_integrity()
 
-    def _deliver(self, row: Row, token: int) -> None:
+    def _deliver(self, row: Row, tokens: list[int]) -> None:
         request = row.request
-        if not row.samples:
+        if not tokens:
             if request.status is Status.RUNNING and not request.can_run and not request.in_flight:
                 self.scheduler.finish(request, ENDED)
-        elif not self.scheduler.collect(row, token):
-            assert request.status is Status.FINISHED
-        elif token == NOT_FINITE:
-            request.output_ids.pop()
-            self.scheduler.finish(request, BROKEN, keeps_prefix=False)
-        elif token in request.stop_token_ids or len(request.output_ids) == request.max_new_tokens:
-            self.scheduler.finish(request, ENDED)
+        for token in tokens:
+            if request.status is Status.FINISHED:  # the rest was drawn for nobody
+                return
+            if token == NOT_FINITE:
+                self.scheduler.finish(request, BROKEN, keeps_prefix=False)
+                return
+            request.output_ids.append(token)
+            is_last = len(request.output_ids) == request.max_new_tokens
+            if token in request.stop_token_ids or is_last:
+                self.scheduler.finish(request, ENDED)
 
     def _doubt(self, plan: StepPlan) -> None:
         requests = [row.request for row in plan.rows]
@@ -123,10 +126,12 @@ class Host:
         assert set(plan.admitted) <= set(requests)
         assert plan.num_tokens == sum(row.query_len for row in plan.rows)
         assert plan.num_tokens <= self.options["chunk_size"]
+        assert (plan.num_steps > 0) == (plan.num_tokens == len(plan.rows))
+        assert plan.num_steps <= self.options.get("decode_steps", 1)
         for request in plan.admitted:
             self._doubt_admission(request, next(r for r in plan.rows if r.request is request))
         for row in plan.rows:
-            self._doubt_row(row)
+            self._doubt_row(plan, row)
 
     def _doubt_admission(self, request: Request, row: Row) -> None:
         self.starts[request] = row.start
@@ -147,14 +152,15 @@ class Host:
         sign = 1 if self.options.get("low_priority_first") else -1
         return sign * priority, self.requests.index(request)
 
-    def _doubt_row(self, row: Row) -> None:
+    def _doubt_row(self, plan: StepPlan, row: Row) -> None:
         request, end = row.request, row.start + row.query_len
         assert request.status is Status.RUNNING and request.slot == row.slot
         assert row.query_len > 0 and row.start == self.starts[request]
         assert end <= self.lengths[request]
-        assert row.samples == (end == self.lengths[request] and request.max_new_tokens > 0)
-        self.starts[request] = end
-        self.lengths[request] += row.samples
+        assert (row.num_draws > 0) == (end == self.lengths[request] and request.max_new_tokens > 0)
+        assert row.num_draws <= max(plan.num_steps, 1)
+        self.starts[request] = end + max(row.num_draws - 1, 0)
+        self.lengths[request] += row.num_draws
         assert self.lengths[request] <= len(request.prompt_ids) + request.max_new_tokens
 
 
@@ -199,7 +205,7 @@ def test_an_overlapped_step_decodes_from_a_token_the_host_has_not_seen():
     host.step(overlaps=True)
     plan = host.step(overlaps=True)
     assert plan is not None
-    assert plan.rows[0][2:4] == (3, 1) and plan.rows[0].samples
+    assert plan.rows[0][2:4] == (3, 1) and plan.rows[0].num_draws
     assert len(request.output_ids) == 1 and request.in_flight == 1
 
 
@@ -207,8 +213,10 @@ def test_a_long_prompt_is_read_in_chunks_and_drawn_from_at_its_end_only():
     host = Host(chunk_size=5)
     host.add([0, 1, 2] * 4, max_new_tokens=1)
     plans = [host.step() for _ in range(3)]
-    rows = [(row.start, row.query_len, row.samples) for plan in plans if plan for row in plan.rows]
-    assert rows == [(0, 5, False), (5, 5, False), (10, 2, True)]
+    rows = [
+        (row.start, row.query_len, row.num_draws) for plan in plans if plan for row in plan.rows
+    ]
+    assert rows == [(0, 5, 0), (5, 5, 0), (10, 2, 1)]
 
 
 def test_running_requests_decode_beside_a_prompt_that_is_being_read():
@@ -248,6 +256,50 @@ def test_an_unchunked_prompt_longer_than_any_step_is_cut_all_the_same():
     host.add([1] * 3)
     host.run()
     host.check_outputs()
+
+
+# Several steps in one launch
+
+
+def test_rows_that_only_decode_take_several_steps_in_one_launch():
+    host = Host(decode_steps=4)
+    first, second = host.add([0, 1, 2], max_new_tokens=12), host.add([1, 2], max_new_tokens=3)
+    plans = [plan for plan in (host.step() for _ in range(10)) if plan]
+    draws = [[row.num_draws for row in plan.rows] for plan in plans]
+    assert [plan.num_steps for plan in plans] == [0, 4, 4, 1, 1, 1]
+    assert draws == [[1, 1], [4, 2], [4], [1], [1], [1]]
+    assert len(first.output_ids) == 12 and len(second.output_ids) == 3
+    host.check_outputs()
+    host.check_no_leak()
+
+
+def test_the_page_that_a_launch_comes_to_need_is_in_its_row():
+    host = Host(decode_steps=4, page_size=4)
+    host.add([0, 1], max_new_tokens=9)
+    plans = [plan for plan in (host.step() for _ in range(3)) if plan]
+    assert [bool(plan.rows[0].new_page) for plan in plans] == [False, True, True]
+    host.run()
+    host.check_outputs()
+
+
+def test_a_launch_is_one_step_while_somebody_could_join_or_waits_for_each_token():
+    host = Host(decode_steps=4, max_running_requests=2, num_pages=8)
+    host.add([0, 1], max_new_tokens=30)
+    host.step()
+    host.add([2] * 20, max_new_tokens=12)  # has a slot, and no pages
+    plan = host.step()
+    assert plan is not None and plan.num_steps == 1
+    streams = Host(decode_steps=4)
+    streams.add([0, 1], max_new_tokens=30).stream_interval = 2
+    assert [plan.num_steps for plan in (streams.step(), streams.step()) if plan] == [0, 1]
+    for each in (host, streams):
+        each.run()
+        each.check_outputs()
+
+
+def test_a_launch_has_at_most_one_page_for_a_request():
+    with pytest.raises(ValueError, match="num_continuous_decode_steps: .* page_size = 4"):
+        Host(decode_steps=5, page_size=4)
 
 
 # Prefixes
@@ -573,6 +625,8 @@ def options(draw) -> dict[str, Any]:
         "low_priority_first": draw(st.booleans()),
         "shares_prefixes": draw(st.sampled_from([True, True, False])),
         "conservativeness": draw(st.sampled_from([0.0, 1.0, 3.0])),
+        "decode_steps": draw(st.integers(1, min(page_size, 4))),
+        "max_decode_rows": draw(st.sampled_from([None, 2])),
         "learns": draw(st.booleans()),
     }
 
@@ -657,10 +711,12 @@ AnyOrderOfEvents.TestCase.settings = settings(max_examples=150, stateful_step_co
 test_any_order_of_events_gives_every_request_its_output = AnyOrderOfEvents.TestCase
 
 
+@pytest.mark.parametrize("decode_steps", [1, 3])
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_ten_thousand_steps_under_pressure_lose_nothing(overlaps):
+def test_ten_thousand_steps_under_pressure_lose_nothing(overlaps, decode_steps):
     rng = random.Random(0)
-    host = Host(num_pages=18, page_size=4, max_running_requests=8, learns=False)
+    options = dict(num_pages=18, page_size=4, max_running_requests=8, decode_steps=decode_steps)
+    host = Host(**options, learns=False)
     prompts = [[rng.randrange(2) for _ in range(rng.randint(1, 20))] for _ in range(12)]
     for _ in range(10_000):
         if len(host.live) < 12:

@@ -128,7 +128,11 @@ def test_convenient_forms_are_converted() -> None:
         ({"load_format": "pt"}, "load_format: expected .*, got 'pt'; .*save_pretrained"),
         ({"tokenizer_mode": "slow"}, "tokenizer_mode: expected auto, got 'slow'"),
         ({"schedule_policy": "dfs-weight"}, "schedule_policy: expected fcfs .*take lpm"),
-        ({"attention_backend": "fa3"}, "attention_backend: expected xla, got 'fa3'; leave it out"),
+        (
+            {"attention_backend": "fa3"},
+            "attention_backend: expected mosaic .*got 'fa3'; leave it out",
+        ),
+        ({"num_continuous_decode_steps": 0}, "num_continuous_decode_steps: expected at least 1"),
         ({"device": "tpu"}, "device: expected cpu or cuda or gpu, got 'tpu'"),
         ({"log_level": "loud"}, "log_level: expected debug or "),
         ({"mem_fraction_static": 1.0}, "mem_fraction_static: .*between 0 and 1, got 1.0"),

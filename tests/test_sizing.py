@@ -40,7 +40,8 @@ def test_every_plan_that_a_scheduler_may_make_has_a_step() -> None:
             chosen = sizes(is_cpu=is_cpu, **arguments)
             rows = chosen.max_running_requests
             assert chosen.chunk_size >= rows
-            assert max(chosen.buckets) == Bucket(chosen.chunk_size, rows)
+            extend = [bucket for bucket in chosen.buckets if not bucket.num_steps]
+            assert max(extend) == Bucket(chosen.chunk_size, rows)
             assert all(bucket.num_rows <= bucket.num_tokens for bucket in chosen.buckets)
             assert list(chosen.buckets) == sorted(set(chosen.buckets))
 
@@ -63,17 +64,32 @@ def test_the_rungs_of_a_ladder_end_at_the_top() -> None:
 
 
 def test_sizes_on_a_gpu_pad_little() -> None:
-    chosen = [bucket.num_rows for bucket in sizes().buckets if bucket.num_tokens == bucket.num_rows]
+    chosen = [bucket.num_rows for bucket in sizes().buckets if bucket.num_steps > 1]
     assert chosen[0] == 1 and chosen[-1] == 256
     assert all(b <= 2 * a for a, b in zip(chosen, chosen[1:], strict=False))
 
 
+def test_a_gpu_decodes_several_steps_in_one_launch_unless_told_otherwise() -> None:
+    for arguments, expected in (
+        ({}, 8),
+        ({"page_size": 4}, 4),
+        ({"num_continuous_decode_steps": 1}, 1),
+        ({"is_cpu": True}, 1),
+    ):
+        chosen = sizes(**arguments)
+        assert chosen.decode_steps == expected
+        decoding = {bucket.num_steps for bucket in chosen.buckets if bucket.num_steps}
+        assert decoding == {1, expected}
+        for steps in decoding:
+            rows = [bucket.num_rows for bucket in chosen.buckets if bucket.num_steps == steps]
+            assert max(rows) == chosen.max_decode_rows
+
+
 def test_buckets_have_no_more_rows_than_tokens() -> None:
-    assert buckets([1, 4], [16, 64], [8, 32]) == (
-        Bucket(1, 1),
-        Bucket(4, 4),
-        Bucket(16, 8),
+    assert buckets({1: [1, 4], 2: [4]}, [16, 64], 32) == (
+        Bucket(1, 1, 1),
+        Bucket(4, 4, 1),
+        Bucket(4, 4, 2),
         Bucket(16, 16),
-        Bucket(64, 8),
         Bucket(64, 32),
     )

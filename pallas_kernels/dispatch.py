@@ -1,0 +1,125 @@
+"""Which implementation runs each hot operation, and every reason where a wanted one cannot.
+It knows the kernels by name; what they compute is told in their own files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+BACKENDS = ("mosaic", "triton", "xla")
+"""Implementations of attention, the fastest first: for Hopper, for older GPUs, for anything."""
+
+MODULES = {  # of decode and extend attention
+    "mosaic": ("paged_decode", "ragged_extend"),
+    "triton": ("paged_decode_triton", "ragged_extend_triton"),
+}
+MAX_FEW_ROWS = 2  # more are for tensor cores, and there XLA's own products are the faster ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The implementation of each operation. Static: another choice is another program."""
+
+    decode: str = "xla"  # attention of rows of one token
+    extend: str = "xla"  # attention of rows of more
+    rotation: str = "xla"  # head norms, rotary embedding and KV write
+    sampling: str = "xla"
+    max_few_rows: int = 0  # products of so many rows at most have a kernel of their own
+    launches_early: bool = False  # kernels let the next one begin before their end
+    interpret: bool = False  # run kernels on a CPU, for tests
+
+    def takes_few_rows(self, num_rows: int) -> bool:
+        return num_rows <= self.max_few_rows
+
+
+XLA = Kernels()
+"""What runs everywhere, and what every kernel is compared with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What decides whether a kernel fits."""
+
+    capability: tuple[int, int] | None  # of an NVIDIA GPU; None: another device
+    dtype: str  # of activations and KV cache
+    head_size: int
+    group_size: int  # query heads of a kv head
+    page_size: int
+
+
+def choose(backend: str | None, problem: Problem) -> Kernels:
+    """The fastest kernels that fit; those of `backend`, if one is named.
+
+    Raises:
+        ValueError: the named backend does not fit; the message has the reason of each kernel.
+    """
+    if backend is None and problem.dtype == "float32":
+        return XLA  # who asks for it wants exact sums, not speed
+    decode, extend = (_fitting(which, backend, problem) for which in (0, 1))
+    if decode == extend == "xla":
+        return XLA
+    return Kernels(
+        decode=decode,
+        extend=extend,
+        rotation="triton",
+        sampling="triton",
+        max_few_rows=MAX_FEW_ROWS,
+        launches_early=problem.capability is not None and problem.capability >= (9, 0),
+    )
+
+
+def paged_decode(kernels: Kernels) -> Callable[..., Any] | None:
+    """Attention of rows of one token; None: the reference does it."""
+    return _attention(0, kernels.decode, kernels.interpret)
+
+
+def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
+    """Attention of rows of several tokens; None: the reference does it."""
+    return _attention(1, kernels.extend, kernels.interpret)
+
+
+def _fitting(which: int, backend: str | None, problem: Problem) -> str:
+    for name in BACKENDS if backend is None else (backend,):
+        reason = _unsupported(which, name, problem)
+        if reason is None:
+            return name
+    raise ValueError(
+        f"attention_backend: {backend} cannot be used here: {reason}; leave it out for the fastest "
+        "that can"
+    )
+
+
+def _unsupported(which: int, backend: str, problem: Problem) -> str | None:
+    """Why an attention kernel cannot be used; None where it can."""
+    if backend == "xla":
+        return None
+    if problem.capability is None:
+        return "it needs an NVIDIA GPU"
+    if backend == "mosaic" and problem.capability != (9, 0):
+        return f"it needs a GPU of compute capability 9.0, not {_dotted(problem.capability)}"
+    if problem.capability < (8, 0):
+        return f"it needs compute capability 8.0 or more, not {_dotted(problem.capability)}"
+    return _module(MODULES[backend][which]).unsupported(
+        head_size=problem.head_size,
+        group_size=problem.group_size,
+        page_size=problem.page_size,
+        dtype=problem.dtype,
+    )
+
+
+def _attention(which: int, backend: str, interpret: bool) -> Callable[..., Any] | None:
+    if backend == "xla":
+        return None
+    name = MODULES[backend][which]
+    return partial(getattr(_module(name), name.removesuffix("_triton")), interpret=interpret)
+
+
+def _module(name: str) -> ModuleType:
+    """Imported when it is needed: Pallas takes time, and many a run needs none of it."""
+    return import_module(f"jaxengine.pallas_kernels.{name}")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

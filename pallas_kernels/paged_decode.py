@@ -1,0 +1,234 @@
+"""Attention of one query token per row over its paged K and V: decoding, for Hopper.
+
+    out[b, n] = sum_s w[s] v[s] / sum_s w[s],    w[s] = exp(scale q[b, n] . k[s] - peak)
+
+It reads `2 * itemsize * K * H` bytes per token of context and does `2 G` operations per byte of
+bfloat16, so memory is its limit: all `G` query heads of a kv head share one read, and K and V come
+by the copy engine, a page of one head at a time, several tiles ahead of their use.
+
+Hopper's tensor cores multiply at least 64 rows. Keys are those rows, queries the few columns:
+
+    S' [tile C] = k q',    out' [H C] += v' P',    C = G rounded up to 8 or 16
+
+so that little is padded, scores and sums fill a few registers, and two blocks fit on a core. The
+columns past G hold whatever is there; no column meets another, and those are not written.
+
+Work is shared out by a plan, see `paged_decode_plan`. A (row, kv head) done by one block is written
+by it at once. One that is cut is finished by the block of its first tile: the others leave a mean
+and the logarithm of its weight in global memory, and raise a counter for which that block waits.
+
+Sources: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867; parts of the context in
+parallel, Dao et al. 2023, "Flash-Decoding for long-context inference"; copies by warps of their
+own, Shah et al. 2024, "FlashAttention-3", arXiv:2407.08608. It is compared with `paged_attention`,
+which shares nothing with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from jaxengine.pallas_kernels.paged_decode_consumer import Consumer
+from jaxengine.pallas_kernels.paged_decode_plan import Plan, make_plan
+from jaxengine.pallas_kernels.paged_decode_producer import copy_all
+from jaxengine.pallas_kernels.paged_decode_products import INTERPRETED, ON_GPU
+from jaxengine.pallas_kernels.paged_decode_segments import Memory, Problem
+
+OUT_PAD = 8  # elements between rows of results, so that what is stored at once differs in bank
+CORES = 132  # of a full Hopper chip as it is sold
+DTYPES = ("bfloat16", "float16")
+HEAD_SIZES = (64, 128, 256)
+PAGE_SIZES = (16, 32, 64, 128)
+MAX_GROUP = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tuning: none of it changes a result beyond rounding."""
+
+    tile: int = 64  # tokens of one step, a multiple of 64
+    stages: int = 3  # tiles of K and V in shared memory
+    blocks: int = 2 * CORES  # of the grid: no more than fit on the chip
+    min_run: int = 2  # tiles; fewer are not worth a block
+    merge_cost: int = 5  # of a (row, kv head) that is cut, in tiles
+
+
+def config_for(*, head_size: int, group_size: int) -> Config:
+    """Tiles of 32 KiB, K and V, and two blocks a core; one, where two do not fit."""
+    if head_size > 128:
+        return Config(blocks=CORES, merge_cost=3)
+    tile = 64 * 128 // head_size
+    return Config(tile=tile) if group_size <= 8 else Config(tile=tile, stages=5, blocks=CORES)
+
+
+def paged_decode(
+    q: Float[Array, "B N H"],
+    cache: Float[Array, "pages 2 K page_size H"],
+    *,
+    kv_lens: Int[Array, " B"],
+    page_table: Int[Array, "B P"],
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    config: Config | None = None,
+    plan: Plan | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B N H"]:
+    """Attention of the last token of each row to its `kv_len` cached tokens, itself included.
+
+    With a `window`, to the last `window` of them; with a `soft_cap`, scores are
+    `soft_cap * tanh(score / soft_cap)`. A row of length 0 gives zeros. Whatever else the cache
+    holds, NaN included, has no effect. Products are of `q`'s dtype, scores and sums float32.
+
+    The `plan` is that of `plan_for`, which is asked unless it is given; XLA makes equal plans once.
+    Its counters are used by every call: of two calls with equal lengths in one program, one must
+    depend on the result of the other, as those of layers do.
+
+    `interpret` runs on a CPU, with plain operations in place of those that know a GPU's registers.
+    """
+    (B, N, H), K, page_size = q.shape, cache.shape[2], cache.shape[3]
+    config = config_for(head_size=H, group_size=N // K) if config is None else config
+    if plan is None:
+        plan = plan_for(
+            kv_lens, num_heads=N, num_kv_heads=K, head_size=H, window=window, config=config
+        )
+    problem = Problem(
+        B=B,
+        N=N,
+        K=K,
+        H=H,
+        page_size=page_size,
+        tile=config.tile,
+        stages=config.stages,
+        blocks=config.blocks,
+        scale=float(scale),
+        window=window,
+        soft_cap=soft_cap,
+        interpret=interpret,
+    )
+    call = _kernel(problem, q.dtype)
+    # Flat, since the copy engine knows 5 dimensions at most, those of tiles included.
+    out, *_ = call(*plan, kv_lens, page_table, q.reshape(B * N, H), cache.reshape(-1, H))
+    if not problem.writes_zeros:
+        out = jnp.where((kv_lens > 0)[:, None], out, 0)
+    return out.reshape(B, N, H)
+
+
+def plan_for(
+    kv_lens: Int[Array, " B"],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    window: int | None,
+    config: Config | None = None,
+) -> Plan:
+    """Who does what for such lengths: the same for all layers of one window."""
+    if config is None:
+        config = config_for(head_size=head_size, group_size=num_heads // num_kv_heads)
+    return make_plan(
+        kv_lens,
+        num_kv_heads=num_kv_heads,
+        num_blocks=config.blocks,
+        tile=config.tile,
+        window=window,
+        min_run=config.min_run,
+        merge_cost=config.merge_cost,
+    )
+
+
+def _kernel(problem: Problem, dtype: Any) -> Callable[..., Any]:
+    """The call (runs, next_rows, kv_lens, page_table, q, cache) -> out and what blocks exchange."""
+    H, C, tile, stages = problem.H, problem.C, problem.tile, problem.stages
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    barriers = partial(plgpu.Barrier, num_barriers=stages)
+    scratch = dict(
+        q_rows=plgpu.SMEM((C, H), dtype),  # as they come: a tiled copy begins at every 8th row only
+        q_tile=plgpu.SMEM((C, H), dtype, transforms=tiled),
+        k_tiles=plgpu.SMEM((stages, tile, H), dtype, transforms=tiled),
+        v_tiles=plgpu.SMEM((stages, tile, H), dtype, transforms=tiled),
+        weights=plgpu.SMEM((C, tile), dtype, transforms=tiled),
+        out_rows=plgpu.SMEM((C, H + OUT_PAD), dtype),
+        q_full=plgpu.Barrier(num_barriers=1),
+        q_free=plgpu.Barrier(num_barriers=1),
+        k_full=barriers(num_arrivals=problem.boxes),
+        v_full=barriers(num_arrivals=problem.boxes),
+        kv_free=barriers(),
+    )
+    options = dict(interpret=_interpreter()) if problem.interpret else {}
+    return plgpu.kernel(
+        partial(_run_block, problem),
+        out_type=[
+            jax.ShapeDtypeStruct((problem.B, problem.N * H), dtype),
+            jax.ShapeDtypeStruct((problem.blocks, H, C), jnp.float32),  # means of V
+            jax.ShapeDtypeStruct((problem.blocks, C), jnp.float32),  # logarithms of their weights
+        ],
+        scratch_types=scratch,
+        grid=(problem.blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        **options,
+    )
+
+
+def _run_block(problem: Problem, *arrays: Any, **scratch: Any) -> None:
+    memory, warpgroup = Memory(*arrays, **scratch), lax.axis_index("warpgroup")
+    consumer = Consumer(problem, memory, INTERPRETED if problem.interpret else ON_GPU)
+    pl.when(warpgroup == 0)(consumer.attend_all)
+    pl.when(warpgroup == 1)(lambda: copy_all(problem, memory))
+
+
+def _interpreter() -> Any:
+    """Public since JAX 0.11."""
+    if (public := getattr(plgpu, "InterpretGPUParams", None)) is not None:
+        return public()
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def unsupported(*, head_size: int, group_size: int, page_size: int, dtype: Any) -> str | None:
+    """Why these arrays cannot be used; None if they can."""
+    if (name := getattr(dtype, "name", str(dtype))) not in DTYPES:
+        return f"it multiplies {' or '.join(DTYPES)} on tensor cores, not {name}"
+    if head_size not in HEAD_SIZES:
+        return f"it needs a head size of {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
+    if group_size > MAX_GROUP:
+        return f"it takes up to {MAX_GROUP} query heads of one kv head, not {group_size}"
+    if page_size not in PAGE_SIZES:
+        return f"it needs a page size of {', '.join(map(str, PAGE_SIZES))}, not {page_size}"
+    return None
+
+
+class Shape(NamedTuple):
+    """One call of a production model; rows of equal length."""
+
+    B: int
+    N: int
+    K: int
+    H: int
+    kv_len: int
+    page_size: int = 64
+
+
+SHAPES = {
+    f"{model} {B} x {kv_len}": Shape(B, *heads, kv_len)
+    for model, heads in {
+        "llama-3.1-8b": (32, 8, 128),
+        "qwen3-0.6b": (16, 8, 128),
+        "qwen2.5-0.5b": (14, 2, 64),
+        "qwen3-30b-a3b": (32, 4, 128),
+    }.items()
+    for B, kv_len in ((1, 128), (1, 4096), (8, 1024), (32, 4096), (128, 1024), (256, 128))
+}

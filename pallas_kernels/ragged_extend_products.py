@@ -1,0 +1,92 @@
+"""What a consumer of `ragged_extend`'s kernel computes with, on tensor cores or on a CPU.
+
+A product ends the turn at the tensor cores (`then`) when all of it has been issued, and returns
+when it is done. JAX's interpreters know neither products from registers nor layouts, so that tests
+on a CPU have products of their own; all else is the same kernel.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LAYOUT = plgpu.Layout.WGMMA
+ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
+class Products(NamedTuple):
+    """Of one warpgroup; q, k and v are in shared memory, all else is in registers."""
+
+    scores: Callable[..., jax.Array]  # (q, k, then) -> q k'
+    values_and_scores: Callable[..., tuple[jax.Array, jax.Array]]
+    """(numerator, p, v, q, k, then) -> numerator + p v, q k'"""
+    values: Callable[..., jax.Array]  # (numerator, p, v, then) -> numerator + p v
+    cast: Callable[..., jax.Array]  # to a layout
+    iota: Callable[..., jax.Array]  # (shape, axis)
+
+
+def over(each: jax.Array, like: jax.Array) -> jax.Array:
+    """One value a query, for all columns."""
+    return lax.broadcast_in_dim(each, like.shape, [0])
+
+
+def _scores(q: Any, k: Any, then: Callable[[], None]) -> jax.Array:
+    def multiply(scores: Any) -> jax.Array:
+        plgpu.wgmma(scores, q, k.T)
+        then()
+        return scores[...]
+
+    return pl.run_scoped(multiply, ACC((q.shape[0], k.shape[0]), jnp.float32))
+
+
+def _values_and_scores(
+    numerator: jax.Array, p: jax.Array, v: Any, q: Any, k: Any, then: Callable[[], None]
+) -> tuple[jax.Array, jax.Array]:
+    def multiply(refs: Any) -> None:
+        plgpu.wgmma(refs[0], p, v)
+        plgpu.wgmma(refs[1], q, k.T)
+        then()
+
+    scores = plgpu.layout_cast(jnp.zeros(p.shape, jnp.float32), LAYOUT)
+    sums: Any = pl.run_state(multiply)((ACC.init(numerator), ACC.init(scores)))
+    return sums
+
+
+def _values(numerator: jax.Array, p: jax.Array, v: Any, then: Callable[[], None]) -> jax.Array:
+    def multiply(out: Any) -> None:
+        plgpu.wgmma(out, p, v)
+        then()
+
+    sums: Any = pl.run_state(multiply)(ACC.init(numerator))
+    return sums
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _interpreted(result: Any, then: Callable[[], None]) -> Any:
+    then()
+    return result
+
+
+TENSOR_CORES = Products(
+    _scores,
+    _values_and_scores,
+    _values,
+    plgpu.layout_cast,
+    lambda shape, axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT),
+)
+INTERPRETED = Products(  # interpreters know neither products from registers nor layouts
+    lambda q, k, then: _interpreted(_dot(q[...], k[...].T), then),
+    lambda out, p, v, q, k, then: _interpreted(
+        (out + _dot(p, v[...]), _dot(q[...], k[...].T)), then
+    ),
+    lambda out, p, v, then: _interpreted(out + _dot(p, v[...]), then),
+    lambda array, layout: array,
+    lambda shape, axis: lax.broadcasted_iota(jnp.int32, shape, axis),
+)
