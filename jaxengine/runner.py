@@ -29,7 +29,10 @@ MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
 # Of XLA on a GPU. Large products are cuBLAS's: Triton's are no faster, and trying them out takes
 # most of the start. Few and long kernels do not gain from a CUDA graph, which has to be updated.
 DECODE_OPTIONS: dict[str, Any] = {}
-EXTEND_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL"}
+EXTEND_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL",
+}
 
 
 class StepPrograms:
@@ -124,15 +127,16 @@ class StepPrograms:
 
     def empty_install(self) -> InstallInputs:
         """Inputs that install nothing, to be filled."""
-        state, I = self.state_shapes, INSTALL_ROWS
-        num_slots, num_pages = state.page_table.shape
+        num_slots, num_pages = self.state_shapes.page_table.shape
+        num_tokens = min(INSTALL_ROWS * self.state_shapes.tokens.shape[1], MAX_INSTALL_TOKENS)
+        zeros: Any = partial(np.zeros, dtype=np.int32)
         return InstallInputs(
-            slots=np.full(I, num_slots, np.int32),
-            starts=np.zeros(I, np.int32),
-            num_tokens=np.zeros(I, np.int32),
-            sampling=np.zeros((I, self.num_sampling_fields), np.int32),
-            page_table=np.zeros((I, num_pages), np.int32),
-            tokens=np.zeros(min(I * state.tokens.shape[1], MAX_INSTALL_TOKENS), np.int32),
+            slots=zeros(INSTALL_ROWS) + np.int32(num_slots),
+            starts=zeros(INSTALL_ROWS),
+            num_tokens=zeros(INSTALL_ROWS),
+            sampling=zeros((INSTALL_ROWS, self.num_sampling_fields)),
+            page_table=zeros((INSTALL_ROWS, num_pages)),
+            tokens=zeros(num_tokens),
         )
 
     def trace_install(self) -> Callable[[], Any]:

@@ -23,6 +23,8 @@ from jaxengine.waiting import WaitingQueue
 GROWTH_START, GROWTH_DECAY, GROWTH_FLOOR, GROWTH_RAISE = 0.7, 0.998, 0.1, 0.1
 GROWTH_MAX_TOKENS = 4096
 
+ADMISSION_GROUPS = 16  # a long queue is admitted by so many parts of the slots
+
 
 class Row(NamedTuple):
     """`query_len` tokens of a request, from position `start`."""
@@ -151,7 +153,7 @@ class Scheduler:
     def _num_steps(self, decoding: Sequence[Request]) -> int:
         """Steps to decode in one launch: several if all there is to do is decoding, nobody waits
         for each token, and every row could have a page."""
-        has_candidates = self.num_waiting > 0 and len(self._free_slots) > 0
+        has_candidates = self.num_waiting > 0 and not self._holds_back
         has_many = len(decoding) > min(self._max_decode_rows, self._num_available)
         if has_candidates or has_many or not decoding:
             return 1
@@ -188,10 +190,17 @@ class Scheduler:
 
     # Admission
 
+    @property
+    def _holds_back(self) -> bool:
+        """Whether those who wait go on waiting for slots. A long queue is admitted by groups: a few
+        large steps that read prompts cost less than many small ones, and than the idle slots."""
+        group = max(1, self._max_running // ADMISSION_GROUPS)
+        return len(self._free_slots) < min(group, self.num_waiting)
+
     def _admit(self, rows: list[Row], budget: int) -> list[Request]:
         """Starts waiting requests in the queue's order while tokens, slots and pages last."""
         admitted: list[Request] = []
-        if not self.num_waiting or not self._free_slots:
+        if not self.num_waiting or self._holds_back:
             return admitted
         reserve = sum(map(self._expected_pages, self.running))
         has_room = not self.running or reserve < self._num_available

@@ -1,7 +1,7 @@
 """Attention of the query tokens of a batch, over the paged cache or within the batch alone.
 It knows heads and rows; projections, normalisation and rotation are the families'."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,32 +91,20 @@ def attend_pages(
     Rows of one token are decoded by the kernel made for that, in any batch: it reads each key once
     for all query heads that share it.
     """
-    how = dict(scale=scale, window=window)
+    how: dict[str, Any] = dict(page_table=batch.page_table, scale=scale, window=window)
     decode, extend = dispatch.paged_decode(kernels), dispatch.ragged_extend(kernels)
-    if batch.is_decode and decode is not None:
-        return decode(q, cache, kv_lens=batch.kv_lens, page_table=batch.page_table, **how)
-    if batch.is_decode or decode is None or extend is None:
+    starts, lens = batch.query_starts, batch.query_lens
+    if decode is not None and starts is None:
+        return decode(q, cache, kv_lens=batch.kv_lens, **how)
+    if decode is None or extend is None or starts is None:
         return paged_attention(q, cache, **_ragged(batch), **how)
-    out = extend(
-        q,
-        cache,
-        query_starts=batch.query_starts,
-        query_lens=batch.query_lens,
-        kv_lens=batch.kv_lens,
-        page_table=batch.page_table,
-        **how,
-    )
-    is_single = batch.query_lens == 1
-    singles = decode(
-        q.at[batch.query_starts].get(mode="clip"),
-        cache,
-        kv_lens=jnp.where(is_single, batch.kv_lens, 0),
-        page_table=batch.page_table,
-        **how,
-    )
+    out = extend(q, cache, query_starts=starts, query_lens=lens, kv_lens=batch.kv_lens, **how)
+    is_single = lens == 1
+    kv_lens = jnp.where(is_single, batch.kv_lens, 0)
+    singles = decode(q.at[starts].get(mode="clip"), cache, kv_lens=kv_lens, **how)
     # Distinct places, so that it is one write in place: a row that is none goes nowhere.
-    nowhere = len(q) + jnp.arange(len(is_single), dtype=jnp.int32)
-    places = jnp.where(is_single, batch.query_starts, nowhere)
+    nowhere = len(q) + jnp.arange(len(lens), dtype=jnp.int32)
+    places = jnp.where(is_single, starts, nowhere)
     return out.at[places].set(singles, mode="drop", unique_indices=True)
 
 
@@ -131,7 +119,6 @@ def _ragged(batch: Batch) -> dict[str, jax.Array]:
         query_starts=starts,
         query_lens=batch.query_lens,
         kv_lens=batch.kv_lens,
-        page_table=batch.page_table,
     )
 
 

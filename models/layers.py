@@ -66,8 +66,8 @@ def linear(
     matrix = weight[...].reshape(-1, x.shape[1])
     flat_bias = None if bias is None else bias[...].reshape(-1)
     if kernels.takes_few_rows(len(x)):
-        how = dict(bias=flat_bias, residual=residual, **_norm(norm), **_how(kernels))
-        return few_row_linear(x, matrix, **how)
+        how = _norm(norm) | _how(kernels)
+        return few_row_linear(x, matrix, bias=flat_bias, residual=residual, **how)
     normed = x if norm is None else norm(x)
     # A bias joins before the sums are rounded; without one the product may round them itself.
     sum_dtype = x.dtype if flat_bias is None else jnp.float32
@@ -108,5 +108,5 @@ def _norm(norm: Norm | None) -> dict[str, Any]:
     )
 
 
-def _how(kernels: Kernels) -> dict[str, bool]:
+def _how(kernels: Kernels) -> dict[str, Any]:
     return dict(launches_early=kernels.launches_early, interpret=kernels.interpret)

@@ -27,6 +27,8 @@ from jaxtyping import Array, Float
 from jaxengine.pallas_kernels.few_row_linear_kernel import Config, Shape, fused_product
 
 MAX_ROWS = 4
+SMALL = 2**24  # bytes of a weight; 132 multiprocessors have room for twice as many in registers
+NUM_PROGRAMS = 512
 
 
 def linear_reference(
@@ -120,11 +122,21 @@ def _call(
 
 
 def default_config(shape: Shape, dtype: Any) -> Config:
-    """What suits an H100 or H200."""
-    M, _, _, D = shape
-    lanes = 16 // jnp.dtype(dtype).itemsize * 32  # of a warp, at 16 bytes each
-    num_warps = min(16, max(4, pl.next_power_of_2(pl.cdiv(D, lanes))))
-    return Config(tile_F=4 // M, tile_D=lanes * num_warps, num_warps=num_warps)
+    """What suits an H100 or H200: each thread has one load of each row of a slice.
+
+    A small weight is under way all at once, in one slice and about four programs a multiprocessor:
+    with 8 rows of 1024 inputs or 2 of 3072, 5 to 12 % faster than with 4. Of a large one, programs
+    of fewer threads follow each other more smoothly: 8 warps were 2 to 4 % faster than 16.
+    """
+    M, _, F, D = shape
+    size = jnp.dtype(dtype).itemsize
+    lanes = 16 // size * 32  # values of a warp, at 16 bytes a thread
+    is_small = M * F * D * size <= SMALL
+    num_warps = max(4, min(16 if is_small else 8, pl.next_power_of_2(pl.cdiv(D, lanes))))
+    tile = 4 // M
+    if is_small:
+        tile = next((tile for tile in (8 // M, 4) if F >= NUM_PROGRAMS * tile), 2)
+    return Config(tile_F=tile, tile_D=lanes * num_warps, num_warps=num_warps)
 
 
 def unsupported(*, shape: Shape, dtype: Any) -> str | None:

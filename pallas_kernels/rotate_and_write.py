@@ -108,16 +108,10 @@ def rotate_and_write(
     arrays = dict(qkv=qkv, cos=cos, sin=sin, page_ids=page_ids, offsets=offsets)
     norms = dict(q_norm=q_norm, k_norm=k_norm)
     arrays |= {name: scale for name, scale in norms.items() if scale is not None}
+    names = (*arrays, "old_cache", "q", "cache")
     specs = _block_specs(shape, cache.shape, config.tile_K)
     q, cache = pl.pallas_call(
-        partial(
-            _kernel,
-            names=(*arrays, "old_cache", "q", "cache"),
-            shape=shape,
-            num_pages=len(cache),
-            eps=eps,
-            launches_early=launches_early,
-        ),
+        partial(_kernel, names=names, shape=shape, eps=eps, early=launches_early),
         out_shape=(
             jax.ShapeDtypeStruct((T, K, shape.G, H), qkv.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
@@ -163,20 +157,13 @@ class Halves(NamedTuple):
     second: Array
 
 
-def _kernel(
-    *refs: Any,
-    names: tuple[str, ...],
-    shape: Shape,
-    num_pages: int,
-    eps: float,
-    launches_early: bool,
-) -> None:
+def _kernel(*refs: Any, names: tuple[str, ...], shape: Shape, eps: float, early: bool) -> None:
     ref = dict(zip(names, refs, strict=True))
     (_, K, G, H), t = shape, pl.program_id(0)
     tile_K, tile_G, half = ref["qkv"].shape[0], pl.next_power_of_2(G), pl.next_power_of_2(H // 2)
     first_k = pl.program_id(1) * tile_K
     heads = jnp.arange(tile_K, dtype=jnp.int32)
-    is_k = first_k + (launch_dependents(heads) if launches_early else heads) < K
+    is_k = first_k + (launch_dependents(heads) if early else heads) < K
     is_h = jnp.arange(half) < H // 2
     angles = [_load(ref[name], (pl.ds(0, half),), is_h) for name in ("cos", "sin")]
 
@@ -188,7 +175,7 @@ def _kernel(
     k = _turned(ref, pl.Slice(G, 1), is_kv, "k_norm", angles, H, eps)
     v = _halves(ref["qkv"], pl.Slice(G + 1, 1), is_kv, H)
     page, offset = ref["page_ids"][t], ref["offsets"][t]
-    is_kept = page < num_pages
+    is_kept = page < ref["cache"].shape[0]
     page = jnp.where(is_kept, page, 0)
     is_kv = is_kv.reshape(1, tile_K, half) & is_kept
     for which, kv in enumerate((k, v)):

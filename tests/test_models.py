@@ -1,4 +1,5 @@
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -242,7 +243,7 @@ def test_chunks_over_a_paged_cache_give_the_logits_of_one_pass(family, rope, ove
 
 
 INTERPRETED = Kernels(
-    decode="triton", extend="triton", rotation="triton", max_few_rows=16, interpret=True
+    decode="triton", extend="triton", rotation="triton", max_few_rows=4, interpret=True
 )
 
 
@@ -259,7 +260,7 @@ def test_kernels_give_the_logits_of_the_reference(family, overrides, rng):
     hf = tiny.tiny_config(family, head_dim=64, **overrides)
     tensors = tiny.random_tensors(hf)
     sequences = random_prompts(rng, (5, 17, 41, 70))
-    how = dict(prompt_lens=[1, 16, 37, 66], chunk=16, page_size=16)
+    how: dict[str, Any] = dict(prompt_lens=[1, 16, 37, 66], chunk=16, page_size=16)
     exact = np.concatenate(dense_logits(filled(hf, tensors), sequences))
     model = filled(hf, tensors, "bfloat16")
     naive, got = (

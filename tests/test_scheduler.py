@@ -297,6 +297,24 @@ def test_a_launch_is_one_step_while_somebody_could_join_or_waits_for_each_token(
         each.check_outputs()
 
 
+def test_a_long_queue_is_admitted_by_groups_and_a_short_one_at_once():
+    host = Host(max_running_requests=32, chunk_size=256, num_pages=400)
+    for index in range(32):
+        host.add([index % 3, 1], max_new_tokens=2 if index == 0 else 30)
+    waiting = [host.add([2, 2], max_new_tokens=3) for _ in range(3)]
+    host.step()
+    host.step()  # the first has ended: one slot is free, a group is two
+    plan = host.step()
+    assert plan is not None and not plan.admitted and host.scheduler.num_waiting == 3
+    for request in waiting[1:]:
+        host.abort(request)
+    plan = host.step()
+    assert plan is not None and plan.admitted == (waiting[0],)
+    host.run()
+    host.check_outputs()
+    host.check_no_leak()
+
+
 def test_a_launch_has_at_most_one_page_for_a_request():
     with pytest.raises(ValueError, match="num_continuous_decode_steps: .* page_size = 4"):
         Host(decode_steps=5, page_size=4)
@@ -616,7 +634,7 @@ def options(draw) -> dict[str, Any]:
     return {
         "page_size": page_size,
         "num_pages": draw(st.sampled_from([least, least + 1, 2 * least, 8 * least])),
-        "max_running_requests": draw(st.integers(1, 6)),
+        "max_running_requests": draw(st.sampled_from([1, 2, 3, 4, 5, 6, 32])),
         "chunk_size": draw(st.sampled_from([1, 2, 3, 5, 7, 16, 64])),
         "can_chunk": draw(st.booleans()),
         "mixes_decode": draw(st.booleans()),

@@ -70,12 +70,13 @@ def test_sizes_on_a_gpu_pad_little() -> None:
 
 
 def test_a_gpu_decodes_several_steps_in_one_launch_unless_told_otherwise() -> None:
-    for arguments, expected in (
+    cases: tuple[tuple[dict[str, Any], int], ...] = (
         ({}, 8),
         ({"page_size": 4}, 4),
         ({"num_continuous_decode_steps": 1}, 1),
         ({"is_cpu": True}, 1),
-    ):
+    )
+    for arguments, expected in cases:
         chosen = sizes(**arguments)
         assert chosen.decode_steps == expected
         decoding = {bucket.num_steps for bucket in chosen.buckets if bucket.num_steps}
