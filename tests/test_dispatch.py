@@ -1,0 +1,61 @@
+"""Which kernels are chosen where, and what is said of those that cannot be."""
+
+from dataclasses import replace
+
+import pytest
+
+from jaxengine.pallas_kernels.dispatch import (
+    MODULES,
+    XLA,
+    Problem,
+    choose,
+    paged_decode,
+    ragged_extend,
+)
+
+HOPPER = Problem(capability=(9, 0), dtype="bfloat16", head_size=128, group_size=4, page_size=64)
+
+
+def attention(backend: str | None, problem: Problem) -> tuple[str, str]:
+    kernels = choose(backend, problem)
+    return kernels.decode, kernels.extend
+
+
+def test_each_gpu_gets_kernels_that_it_can_run():
+    assert attention(None, HOPPER) == ("triton", "mosaic")
+    assert attention(None, replace(HOPPER, head_size=80)) == ("triton", "triton")
+    for capability in ((8, 0), (8, 9), (10, 0)):
+        assert attention(None, replace(HOPPER, capability=capability)) == ("triton", "triton")
+    for problem in (
+        replace(HOPPER, capability=None),
+        replace(HOPPER, capability=(7, 5)),
+        replace(HOPPER, dtype="float32"),
+        replace(HOPPER, head_size=72),
+    ):
+        assert choose(None, problem) == XLA
+
+
+@pytest.mark.parametrize("backend", MODULES)
+def test_a_named_backend_is_taken_for_both(backend):
+    kernels = choose(backend, HOPPER)
+    assert (kernels.decode, kernels.extend) == (backend, backend)
+    assert choose("xla", HOPPER) == XLA
+    assert paged_decode(kernels) is not None and ragged_extend(kernels) is not None
+    assert paged_decode(XLA) is None and ragged_extend(XLA) is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "changed", "reason"),
+    [
+        ("mosaic", dict(capability=None), "NVIDIA GPU"),
+        ("mosaic", dict(capability=(8, 9)), "9.0, not 8.9"),
+        ("triton", dict(capability=(7, 5)), "8.0 or more, not 7.5"),
+        ("mosaic", dict(head_size=80), "head size .* not 80"),
+        ("mosaic", dict(dtype="float32"), "not float32"),
+        ("triton", dict(group_size=17), "not 17"),
+        ("triton", dict(page_size=8), "not 8"),
+    ],
+)
+def test_one_that_cannot_run_is_refused_with_the_reason(backend, changed, reason):
+    with pytest.raises(ValueError, match=f"attention_backend: {backend} .*{reason}.*leave it out"):
+        choose(backend, replace(HOPPER, **changed))
