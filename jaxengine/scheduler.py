@@ -68,10 +68,7 @@ class Scheduler:
         random_seed: int = 0,
     ):
         if decode_steps > page_size:
-            raise ValueError(
-                f"num_continuous_decode_steps: expected at most page_size = {page_size}, "
-                f"got {decode_steps}; a launch gives a request one page at most"
-            )
+            raise ValueError(f"decode_steps: expected at most {page_size}, got {decode_steps}")
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree(page_size)

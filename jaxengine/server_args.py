@@ -153,6 +153,12 @@ class _Fields:
             raise ValueError(
                 f"chunked_prefill_size: expected at least 1, or -1 for none, got {chunk}"
             )
+        steps = self.num_continuous_decode_steps
+        if steps is not None and steps > self.page_size:
+            raise ValueError(
+                f"num_continuous_decode_steps: expected at most page_size = {self.page_size}, got "
+                f"{steps}; a launch gives a request one new page at most"
+            )
         if self.max_total_tokens is not None and self.max_total_tokens < self.page_size:
             raise ValueError(
                 f"max_total_tokens: expected at least one page of {self.page_size} tokens, "

@@ -17,6 +17,7 @@ CPU_DEFAULTS = (512, 16)
 # and padding does not, few and far between.
 GPU_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
 GPU_EXTEND = (64, 256, 1024, 2048, 4096, 8192, 16384)
+GPU_TILE = 64
 CPU_DECODE = (1, 4, 16, 64, 256)
 CPU_EXTEND = (32, 512, 8192)
 GPU_DECODE_STEPS = 8  # so the host's work for one launch is hidden behind several steps
@@ -63,6 +64,8 @@ def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_c
         decode_steps = 1 if is_cpu else min(GPU_DECODE_STEPS, args.page_size)
     decode = _decode_rows(args.cuda_graph_bs, decode_steps, max_decode, max_running, is_cpu)
     extend = rungs(CPU_EXTEND if is_cpu else GPU_EXTEND, chunk_size)
+    if not is_cpu:  # kernels take tokens by the tile
+        extend = [-(-size // GPU_TILE) * GPU_TILE for size in extend]
     return Sizes(
         context_length=context_length,
         max_running_requests=max_running,

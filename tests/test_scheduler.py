@@ -316,7 +316,7 @@ def test_a_long_queue_is_admitted_by_groups_and_a_short_one_at_once():
 
 
 def test_a_launch_has_at_most_one_page_for_a_request():
-    with pytest.raises(ValueError, match="num_continuous_decode_steps: .* page_size = 4"):
+    with pytest.raises(ValueError, match="decode_steps: expected at most 4, got 5"):
         Host(decode_steps=5, page_size=4)
 
 

@@ -132,6 +132,10 @@ def test_convenient_forms_are_converted() -> None:
             {"attention_backend": "fa3"},
             "attention_backend: expected mosaic .*got 'fa3'; leave it out",
         ),
+        (
+            {"num_continuous_decode_steps": 65},
+            "num_continuous_decode_steps: .*page_size = 64, got 65",
+        ),
         ({"num_continuous_decode_steps": 0}, "num_continuous_decode_steps: expected at least 1"),
         ({"device": "tpu"}, "device: expected cpu or cuda or gpu, got 'tpu'"),
         ({"log_level": "loud"}, "log_level: expected debug or "),
