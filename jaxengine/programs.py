@@ -140,7 +140,7 @@ def _advance(
     if batch.query_starts is not None:
         hidden = hidden[jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
     with jax.named_scope("logits"):
-        logits = model.logits(hidden, kernels)
+        logits = model.logits(hidden)
     with jax.named_scope("sample"):
         drawn = sample(
             logits,

@@ -55,7 +55,7 @@ class Model(Protocol):
         """Final-normed hidden states of every token, and the cache with their K and V written."""
         ...
 
-    def logits(self, hidden: Float[Array, "B D"], kernels: Kernels = XLA) -> Float[Array, "B V"]:
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Float32 next-token logits."""
         ...
 

@@ -93,19 +93,13 @@ def gated(
     return jax.nn.silu(gate) * up
 
 
-def project(
-    hidden: Float[Array, "B D"], head: nnx.Param, *, kernels: Kernels = XLA
-) -> Float[Array, "B V"]:
+def project(hidden: Float[Array, "B D"], head: nnx.Param) -> Float[Array, "B V"]:
     """Float32 logits: the head's rows times each hidden state."""
     return jnp.einsum("bd,vd->bv", hidden, head[...], preferred_element_type=jnp.float32)
 
 
 def _norm(norm: Norm | None) -> dict[str, Any]:
-    return (
-        dict(norm_scale=None, eps=0.0)
-        if norm is None
-        else dict(norm_scale=norm.scale, eps=norm.eps)
-    )
+    return dict(norm_scale=norm and norm.scale, eps=norm.eps if norm else 0.0)
 
 
 def _how(kernels: Kernels) -> dict[str, Any]:

@@ -126,9 +126,8 @@ class LlamaForCausalLM(nnx.Module):
         x = rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
         return x, cache and tuple(layer_caches)
 
-    def logits(self, hidden: Float[Array, "B D"], kernels: Kernels = XLA) -> Float[Array, "B V"]:
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return project(hidden, head, kernels=kernels)
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        return project(hidden, self.embed_tokens if self.lm_head is None else self.lm_head)
 
     @classmethod
     def checkpoint_pieces(cls, config: ModelConfig) -> dict[str, tuple[Piece, ...]]:

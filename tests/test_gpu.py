@@ -133,7 +133,7 @@ def prefill_and_decode(config: ModelConfig, dtype: str, kernels: Kernels) -> np.
     def run(leaves, batch, cache, last):
         model = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         hidden, cache = model(batch, cache, kernels)
-        return model.logits(hidden[last], kernels), cache
+        return model.logits(hidden[last]), cache
 
     logits = []
     with jax.default_matmul_precision("highest"):

@@ -200,7 +200,7 @@ def paged_logits(model, sequences, prompt_lens, chunk=16, page_size=4, kernels=X
     def step(state, batch, cache):
         model = nnx.merge(graph, state)
         hidden, cache = model(batch, cache, kernels)
-        return model.logits(hidden, kernels), cache
+        return model.logits(hidden), cache
 
     done = np.zeros(num_rows, int)
     logits = [[] for _ in sequences]
