@@ -120,6 +120,7 @@ def start(args: ServerArgs) -> Started:
         is_cpu=is_cpu,
     )
     dtype = choose_dtype(args, found.config, is_cpu)
+    kernels = _kernels(args, found.config, dtype, device)
     with _phase("weights", seconds):
         graphdef, params = load_model(args, found, dtype, device)
     programs = StepPrograms(
@@ -134,7 +135,7 @@ def start(args: ServerArgs) -> Started:
         num_stop_ids=MAX_STOP_TOKEN_IDS + len(found.eos_token_ids),
         num_bias=MAX_LOGIT_BIAS,
         device=device,
-        kernels=_kernels(args, found.config, dtype, device),
+        kernels=kernels,
     )
     with _phase("compile", seconds):
         num_pages, executables = _compile(args, programs, sizes)
