@@ -88,7 +88,7 @@ def _fitting(which: int, backend: str | None, problem: Problem) -> str:
         if reason is None:
             return name
     raise ValueError(
-        f"attention_backend: {backend} cannot be used here: {reason}; leave it out for what can"
+        f"attention_backend: {backend} cannot be used here: {reason}; leave it out for one that can"
     )
 
 

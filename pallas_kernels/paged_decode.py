@@ -26,7 +26,7 @@ which shares nothing with it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from jaxengine.pallas_kernels.paged_decode_plan import Plan, make_plan
 from jaxengine.pallas_kernels.paged_decode_producer import copy_all
 from jaxengine.pallas_kernels.paged_decode_products import INTERPRETED, ON_GPU
 from jaxengine.pallas_kernels.paged_decode_segments import Memory, Problem
+from jaxengine.pallas_kernels.paged_decode_triton import SHAPES as SHAPES
 
 OUT_PAD = 8  # elements between rows of results, so that what is stored at once differs in bank
 CORES = 132  # of a full Hopper chip as it is sold
@@ -209,26 +210,3 @@ def unsupported(*, head_size: int, group_size: int, page_size: int, dtype: Any) 
     if page_size not in PAGE_SIZES:
         return f"it needs a page size of {', '.join(map(str, PAGE_SIZES))}, not {page_size}"
     return None
-
-
-class Shape(NamedTuple):
-    """One call of a production model; rows of equal length."""
-
-    B: int
-    N: int
-    K: int
-    H: int
-    kv_len: int
-    page_size: int = 64
-
-
-SHAPES = {
-    f"{model} {B} x {kv_len}": Shape(B, *heads, kv_len)
-    for model, heads in {
-        "llama-3.1-8b": (32, 8, 128),
-        "qwen3-0.6b": (16, 8, 128),
-        "qwen2.5-0.5b": (14, 2, 64),
-        "qwen3-30b-a3b": (32, 4, 128),
-    }.items()
-    for B, kv_len in ((1, 128), (1, 4096), (8, 1024), (32, 4096), (128, 1024), (256, 128))
-}
