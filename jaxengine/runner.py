@@ -26,9 +26,8 @@ INSTALL = "install"  # key of the one program that is not a step
 INSTALL_ROWS = 8  # requests that it installs at a time
 MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
 
-# Of XLA on a GPU. Large products are cuBLAS's: Triton's are no faster, and trying them out takes
-# most of the start. Few and long kernels do not gain from a CUDA graph, which has to be updated.
-DECODE_OPTIONS: dict[str, Any] = {}
+# Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there. Few and long
+# kernels need no CUDA graph, but for conditionals: without one the host would wait for each.
 EXTEND_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL",
@@ -120,8 +119,8 @@ class StepPrograms:
 
     def trace_step(self, bucket: Bucket, num_pages: int, **options: Any) -> Callable[[], Any]:
         """What compiles a step. `options` are further ones of XLA."""
-        if self.device.platform == "gpu":
-            options = (DECODE_OPTIONS if bucket.num_steps else EXTEND_OPTIONS) | options
+        if self.device.platform == "gpu" and not bucket.num_steps:
+            options = EXTEND_OPTIONS | options
         lowered = self.lower_step(bucket, num_pages)
         return partial(lowered.compile, compiler_options=options or None)
 

@@ -40,10 +40,6 @@ class Batch(NamedTuple):
     prompt_lens: Int[Array, " B"]  # length of the prompt: `dynamic` rope scaling depends on it
     page_table: Int[Array, "B P"]  # page ids in order of position; 0 where there is none
 
-    @property
-    def is_decode(self) -> bool:
-        return self.query_starts is None
-
 
 @runtime_checkable
 class Model(Protocol):
