@@ -88,7 +88,8 @@ def attend_pages(
 ) -> Float[Array, "T N H"]:
     """Attention to what the pages hold, K and V of the queries' own tokens included.
 
-    Rows of one token are decoded by the kernel made for that, in any batch: it reads each key once
+    A prompt may end in a row of one token, which is a prompt's like any other. But where a batch
+    mixes prompts with decoding rows, those are for the kernel made for them: it reads each key once
     for all query heads that share it.
     """
     how: dict[str, Any] = dict(page_table=batch.page_table, scale=scale, window=window)
@@ -96,9 +97,20 @@ def attend_pages(
     starts, lens = batch.query_starts, batch.query_lens
     if decode is not None and starts is None:
         return decode(q, cache, kv_lens=batch.kv_lens, **how)
-    if decode is None or extend is None or starts is None:
+    if extend is None or starts is None:
         return paged_attention(q, cache, **_ragged(batch), **how)
-    out = extend(q, cache, query_starts=starts, query_lens=lens, kv_lens=batch.kv_lens, **how)
+    splits = kernels.splits_single_rows and decode is not None
+    out = extend(
+        q,
+        cache,
+        query_starts=starts,
+        query_lens=lens,
+        kv_lens=batch.kv_lens,
+        min_query_len=2 if splits else 1,
+        **how,
+    )
+    if decode is None or not splits:
+        return out
     is_single = lens == 1
     kv_lens = jnp.where(is_single, batch.kv_lens, 0)
     singles = decode(q.at[starts].get(mode="clip"), cache, kv_lens=kv_lens, **how)

@@ -12,12 +12,7 @@ MODULES = {  # of decode and extend attention: for Hopper, for older GPUs too
     "mosaic": ("paged_decode", "ragged_extend"),
     "triton": ("paged_decode_triton", "ragged_extend_triton"),
 }
-PREFERRED = (  # of decode and of extend attention
-    # Mosaic's is the faster one at 32 rows (49 us against 60) and no slower elsewhere. But where it
-    # cuts long rows, a GPU's results have yet to be compared with float64, as Triton's have been.
-    ("triton", "mosaic", "xla"),
-    ("mosaic", "triton", "xla"),
-)
+PREFERRED = ("mosaic", "triton", "xla")
 MAX_FEW_ROWS = 2  # more are for tensor cores, and there XLA's own products are the faster ones
 
 
@@ -30,7 +25,8 @@ class Kernels:
     rotation: str = "xla"  # head norms, rotary embedding and KV write
     sampling: str = "xla"
     max_few_rows: int = 0  # products of so many rows at most have a kernel of their own
-    launches_early: bool = False  # see `pdl.py`; chosen by nobody until it is measured apart
+    splits_single_rows: bool = False  # of a ragged batch: those of one token are for `decode`
+    launches_early: bool = False  # see `pdl.py`
     interpret: bool = False  # run kernels on a CPU, for tests
 
     def takes_few_rows(self, num_rows: int) -> bool:
@@ -52,8 +48,10 @@ class Problem:
     page_size: int
 
 
-def choose(backend: str | None, problem: Problem) -> Kernels:
+def choose(backend: str | None, problem: Problem, *, mixes_decode: bool = False) -> Kernels:
     """The preferred kernels that fit; those of `backend`, if one is named.
+
+    With `mixes_decode`, ragged batches are expected to hold many rows of one token.
 
     Raises:
         ValueError: the named backend does not fit; the message has the reason of each kernel.
@@ -69,6 +67,8 @@ def choose(backend: str | None, problem: Problem) -> Kernels:
         rotation="triton",
         sampling="triton",
         max_few_rows=MAX_FEW_ROWS,
+        splits_single_rows=mixes_decode,
+        launches_early=problem.capability is not None and problem.capability >= (9, 0),
     )
 
 
@@ -83,7 +83,7 @@ def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
 
 
 def _fitting(which: int, backend: str | None, problem: Problem) -> str:
-    for name in PREFERRED[which] if backend is None else (backend,):
+    for name in PREFERRED if backend is None else (backend,):
         reason = _unsupported(which, name, problem)
         if reason is None:
             return name

@@ -74,10 +74,11 @@ def ragged_extend(
     scale: float,
     window: int | None,
     soft_cap: float | None = None,
+    min_query_len: int = 2,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T N H"]:
-    """Causal attention of the rows of two query tokens or more to their cached K and V.
+    """Causal attention of the rows of `min_query_len` query tokens or more to their cached K and V.
 
     As `paged_attention`, but the tokens of other rows, and padding, get zeros. With a `soft_cap`,
     scores are `soft_cap * tanh(score / soft_cap)`. `T` is a multiple of 64.
@@ -108,6 +109,7 @@ def ragged_extend(
         size=CONSUMERS * M // heads,
         keys=config.keys,
         window=window,
+        min_query_len=min_query_len,
         section=max(config.section_bytes // (2 * K * H * q.dtype.itemsize), 1),
     )
     shape = Shape(

@@ -38,15 +38,16 @@ def cut_into_tiles(
     keys: int,
     window: int | None,
     section: int,
+    min_query_len: int,
 ) -> tuple[Int[Array, "tiles columns"], Int[Array, " 1"]]:
     """Tiles of at most `size` tokens, and how many of the list there are.
 
-    Tokens of no row, or of a row of one token, have tiles that see nothing: so every token of the
-    output is written. Rows whose caches hold about `section` tokens are worked on together, while
-    those are in the L2 cache; among them the tiles with most keys come first.
+    Tokens of no row, or of a row that is too short, have tiles that see nothing: so every token of
+    the output is written. Rows whose caches hold about `section` tokens are worked on together,
+    while those are in the L2 cache; among them the tiles with most keys come first.
     """
     T, B = num_tokens, len(query_lens)
-    starts, ends = find_segments(query_starts, query_lens, T)
+    starts, ends = find_segments(query_starts, query_lens, T, min_query_len)
     first = starts // ALIGNMENT * ALIGNMENT
     num_tiles = jnp.where(ends > starts, -(-(ends - first) // size), 0)
     num_before = jnp.cumsum(num_tiles)
@@ -75,7 +76,7 @@ def cut_into_tiles(
     }
     table = jnp.stack([columns[column] for column in Column], axis=1).astype(jnp.int32)
     work = columns[Column.END_STEP] - columns[Column.FIRST_STEP]
-    kv_before = jnp.cumsum(jnp.where(query_lens >= 2, kv_lens, 0)) - kv_lens
+    kv_before = jnp.cumsum(jnp.where(query_lens >= min_query_len, kv_lens, 0)) - kv_lens
     sections = jnp.clip(kv_before // section, 0, MAX_SECTIONS - 1)[row]
     last = jnp.where(tile < num_before[-1], MAX_SECTIONS, MAX_SECTIONS + 1)
     sections = jnp.where(is_row & (tile < num_before[-1]), sections, last)
@@ -84,11 +85,14 @@ def cut_into_tiles(
 
 
 def find_segments(
-    query_starts: Int[Array, " B"], query_lens: Int[Array, " B"], num_tokens: int
+    query_starts: Int[Array, " B"],
+    query_lens: Int[Array, " B"],
+    num_tokens: int,
+    min_query_len: int,
 ) -> tuple[Int[Array, " 2*B+1"], Int[Array, " 2*B+1"]]:
-    """Where they start and end: what is before the first row of several tokens, that row, what is
+    """Where they start and end: what is before the first row that is long enough, that row, what is
     between it and the next such row, ..., what is after the last. Many are empty."""
-    is_extend = query_lens >= 2
+    is_extend = query_lens >= min_query_len
     row_ends = jnp.where(is_extend, query_starts + query_lens, 0)
     gap_starts = jnp.pad(jax.lax.cummax(row_ends), (1, 0))
     gap_ends = jnp.append(jnp.where(is_extend, query_starts, 0), num_tokens)

@@ -66,19 +66,20 @@ def ragged_extend(
     scale: float,
     window: int | None,
     soft_cap: float | None = None,
+    min_query_len: int = 2,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T N H"]:
     """Attention of each row's last `query_len` tokens to its `kv_len` cached ones, own included.
 
     A token sees the positions of its row up to its own, with a `window` the last `window` of them.
-    Rows of one query token are skipped, `paged_decode` is for them: what they and padding get is
-    finite and nothing else. Whatever else the cache holds, NaN included, has no effect. Products
+    Rows of less than `min_query_len` query tokens are skipped: what they and padding get is finite
+    and nothing else. Whatever else the cache holds, NaN included, has no effect. Products
     are of `q`'s dtype, scores and sums float32.
     """
     (T, N, H), K, page_size = q.shape, cache.shape[2], cache.shape[3]
     config = default_config(H, q.dtype) if config is None else config
-    plan = plan_blocks(query_starts, query_lens, kv_lens, T, config.block)
+    plan = plan_blocks(query_starts, query_lens, kv_lens, T, config.block, min_query_len)
     kernel = partial(
         _extend,
         page_size=page_size,
@@ -116,12 +117,13 @@ def plan_blocks(
     kv_lens: Int[Array, " B"],
     T: int,
     block: int,
+    min_query_len: int,
 ) -> Plan:
     """The same in every layer, so that it is computed once."""
     B = len(query_lens)
     ends = query_starts + query_lens
     rows = jnp.stack([jnp.arange(B, dtype=jnp.int32), query_starts, ends, kv_lens - ends], axis=1)
-    extends = query_lens > 1
+    extends = query_lens >= min_query_len
     place = jnp.where(extends, jnp.cumsum(extends) - 1, B)
     rows = jnp.full_like(rows, T).at[place].set(rows, mode="drop", unique_indices=True)
     begin = jnp.arange(0, T, block, dtype=jnp.int32)[:, None]

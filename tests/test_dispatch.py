@@ -22,7 +22,7 @@ def attention(backend: str | None, problem: Problem) -> tuple[str, str]:
 
 
 def test_each_gpu_gets_kernels_that_it_can_run():
-    assert attention(None, HOPPER) == ("triton", "mosaic")
+    assert attention(None, HOPPER) == ("mosaic", "mosaic")
     assert attention(None, replace(HOPPER, head_size=80)) == ("triton", "triton")
     for capability in ((8, 0), (8, 9), (10, 0)):
         assert attention(None, replace(HOPPER, capability=capability)) == ("triton", "triton")
@@ -33,6 +33,12 @@ def test_each_gpu_gets_kernels_that_it_can_run():
         replace(HOPPER, head_size=72),
     ):
         assert choose(None, problem) == XLA
+
+
+def test_what_a_gpu_and_its_batches_are_like_is_known():
+    assert choose(None, HOPPER).launches_early and not choose(None, HOPPER).splits_single_rows
+    assert choose(None, HOPPER, mixes_decode=True).splits_single_rows
+    assert not choose(None, replace(HOPPER, capability=(8, 9))).launches_early
 
 
 @pytest.mark.parametrize("backend", MODULES)

@@ -1,4 +1,5 @@
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -248,15 +249,15 @@ INTERPRETED = Kernels(
 
 
 @pytest.mark.parametrize(
-    "family, overrides",
+    "family, overrides, splits",
     [
-        ("llama", {"attention_bias": True, "mlp_bias": True}),
-        ("qwen2", WINDOWS["qwen2"]),
-        ("qwen3", {"num_key_value_heads": 1, "rope_scaling": None}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, False),
+        ("qwen2", WINDOWS["qwen2"], True),
+        ("qwen3", {"num_key_value_heads": 1, "rope_scaling": None}, False),
     ],
     ids=["biases", "window", "head norms"],
 )
-def test_kernels_give_the_logits_of_the_reference(family, overrides, rng):
+def test_kernels_give_the_logits_of_the_reference(family, overrides, splits, rng):
     hf = tiny.tiny_config(family, head_dim=64, **overrides)
     tensors = tiny.random_tensors(hf)
     sequences = random_prompts(rng, (5, 17, 41, 70))
@@ -265,7 +266,7 @@ def test_kernels_give_the_logits_of_the_reference(family, overrides, rng):
     model = filled(hf, tensors, "bfloat16")
     naive, got = (
         np.concatenate(paged_logits(model, sequences, kernels=kernels, **how))
-        for kernels in (XLA, INTERPRETED)
+        for kernels in (XLA, replace(INTERPRETED, splits_single_rows=splits))
     )
     assert_near_exact(got, exact.astype(np.float64), naive)
 

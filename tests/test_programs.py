@@ -17,7 +17,7 @@ from jaxengine.compiling import Bucket
 from jaxengine.memory import num_bytes
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
-from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.programs import RequestState
 from jaxengine.runner import StepPrograms
 from jaxengine.sampling import empty_state
@@ -65,10 +65,13 @@ def test_installing_a_request_keeps_the_state_in_place(tiny: StepPrograms) -> No
     assert analysis.alias_size_in_bytes >= num_bytes(tiny.state_shapes)
 
 
-TRITON = Kernels(
-    decode="triton", extend="triton", rotation="triton", sampling="triton", max_few_rows=2
-)
-ALL_KERNELS = {"mosaic": replace(TRITON, decode="mosaic", extend="mosaic"), "triton": TRITON}
+HOPPER = Problem(capability=(9, 0), dtype="bfloat16", head_size=128, group_size=4, page_size=16)
+ALL_KERNELS = {
+    "mosaic": choose("mosaic", HOPPER),
+    "triton": choose("triton", HOPPER),
+    "mixed": choose("mosaic", HOPPER, mixes_decode=True),
+    "older": choose("triton", replace(HOPPER, capability=(8, 0))),
+}
 
 
 def lowered_for_cuda(steps: StepPrograms, bucket: Bucket) -> str:

@@ -209,10 +209,11 @@ def test_it_lowers_for_every_bucket(T, B):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("window", [None, 100])
-def test_tiles_cover_every_token_once_and_every_key_it_sees(rng, size, window):
+@pytest.mark.parametrize(("window", "shortest"), [(None, 1), (None, 2), (100, 1)])
+def test_tiles_cover_every_token_once_and_every_key_it_sees(rng, size, window, shortest):
     T, keys = 1024, 64
     static: dict[str, Any] = dict(num_tokens=T, size=size, keys=keys, window=window, section=700)
+    static["min_query_len"] = shortest
     cut = jax.jit(tiles.cut_into_tiles, static_argnames=tuple(static))
     for _ in range(20):
         query_lens = rng.choice([0, 1, 1, 2, 7, 64, 65, 150], size=16)
@@ -222,7 +223,7 @@ def test_tiles_cover_every_token_once_and_every_key_it_sees(rng, size, window):
         given = (jnp.asarray(a, jnp.int32) for a in (starts, query_lens, kv_lens))
         table, count = (np.asarray(a) for a in cut(*given, **static))
         owner = np.full(T, -1)
-        for row in np.flatnonzero(query_lens >= 2):
+        for row in np.flatnonzero(query_lens >= shortest):
             owner[starts[row] : starts[row] + query_lens[row]] = row
         covered = np.zeros(T, int)
         for tile in table[: count[0]]:
@@ -244,7 +245,7 @@ def test_tiles_cover_every_token_once_and_every_key_it_sees(rng, size, window):
 
 def test_tiles_with_most_keys_come_first():
     lens = jnp.asarray([128, 1, 256], jnp.int32)
-    how: dict[str, Any] = dict(num_tokens=448, size=64, keys=64, window=None)
+    how: dict[str, Any] = dict(num_tokens=448, size=64, keys=64, window=None, min_query_len=2)
     starts = jnp.cumsum(lens) - lens
     for section, expected in (2**20, [4, 4, 3, 2, 2, 1, 1]), (100, [2, 1, 4, 4, 3, 2, 1]):
         table, count = tiles.cut_into_tiles(starts, lens, lens, **how, section=section)
