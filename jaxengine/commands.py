@@ -151,7 +151,7 @@ def _typed() -> Iterator[str]:
 def _engine(args: ServerArgs) -> Iterator[Engine]:
     with Engine(server_args=args) as engine:
         info = engine.get_server_info()
-        seconds = sum(info["startup_time"].values())
+        seconds = info["startup_time"]["total"]
         name = args.model_path or "the embedded model"
         _note(f"jaxengine: {name} on {info['device']}, ready after {seconds:.1f} s")
         yield engine

@@ -5,7 +5,7 @@ that proves that nothing is compiled afterwards. It does not know what a step co
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,28 +48,40 @@ def buckets(
 
 
 def compile_all(
-    tasks: Mapping[Key, Callable[[], Callable[[], Any]]], *, num_threads: int, shows_progress: bool
+    tasks: Mapping[Key, Callable[[], Callable[[], Any]]],
+    *,
+    num_threads: int,
+    shows_progress: bool,
+    beside: Future | None = None,
 ) -> dict[Key, Any]:
-    """What the tasks compile, side by side; the first failure is raised.
+    """What the tasks compile, side by side; the first failure is raised, of `beside` too.
 
     Each task traces a program and returns what compiles it. Tracing is Python and would not gain
     from threads: one is traced after the other while those before it compile.
     """
     started = time.perf_counter()
     bar = tqdm(total=len(tasks), desc="compiling", unit="step", disable=not shows_progress)
+    others = [] if beside is None else [beside]
     with bar, ThreadPoolExecutor(num_threads, thread_name_prefix="jaxengine-compile") as threads:
         futures: dict[Key, Future] = {}
         try:
             for key, trace in tasks.items():
+                _raise_failure([*others, *futures.values()])
                 futures[key] = threads.submit(trace())
                 futures[key].add_done_callback(lambda _: bar.update())
             logger.info("traced %d programs: %.1f s", len(tasks), time.perf_counter() - started)
-            for future in as_completed(futures.values()):
+            for future in as_completed([*others, *futures.values()]):
                 future.result()
         except BaseException:  # Ctrl-C too: what has not begun need not be built any more
             threads.shutdown(wait=False, cancel_futures=True)
             raise
     return {key: future.result() for key, future in futures.items()}
+
+
+def _raise_failure(futures: Iterable[Future]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
 
 
 class CompileCounter:

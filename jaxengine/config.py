@@ -54,6 +54,23 @@ def configure_jax(memory_fraction: float = MEMORY_FRACTION) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def executables_dir() -> Path | None:
+    """Where executables are kept: beside JAX's compile cache, and nowhere if that is off."""
+    import jax
+
+    values = jax.config.values
+    folder = values["jax_compilation_cache_dir"]
+    if folder is None or not values["jax_enable_compilation_cache"] or "://" in folder:
+        return None
+    return Path(folder) / "executables"
+
+
+def xla_settings() -> dict[str, str]:
+    """What the environment tells XLA and the compilers under it, apart from JAX's own settings."""
+    prefixes = ("XLA_FLAGS", "MOSAIC_", "TRITON_")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
+
+
 def _chosen_folder() -> Path:
     chosen = os.environ.get("JAXENGINE_CACHE_DIR")
     if chosen:

@@ -44,24 +44,24 @@ def find_model(args: ServerArgs) -> FoundModel:
     )
 
 
-def load_model(
-    args: ServerArgs, found: FoundModel, dtype: str, device: Any
-) -> tuple[nnx.GraphDef, Any]:
-    """The model's structure and its parameters, of `dtype`, on `device`."""
+def abstract_model(config: ModelConfig, dtype: str) -> nnx.Module:
+    """The model with shapes in place of parameters."""
+    return nnx.eval_shape(lambda: models.build(config, dtype=dtype))
+
+
+def load_parameters(args: ServerArgs, found: FoundModel, abstract: nnx.Module, device: Any) -> Any:
+    """The parameters of the abstract model, on `device`."""
     config = found.config
-    abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype))
     with jax.default_device(device):
         if args.load_format == "dummy" or found.folder is None:
-            params = weights.dummy_parameters(abstract, seed=args.random_seed or 0)
-        else:
-            params = weights.load_parameters(
-                found.folder,
-                abstract,
-                models.checkpoint_pieces(config),
-                is_ignorable=lambda name: models.is_ignorable(name, config),
-                progress=args.show_progress,
-            )
-    return nnx.graphdef(abstract), params
+            return weights.dummy_parameters(abstract, seed=args.random_seed or 0)
+        return weights.load_parameters(
+            found.folder,
+            abstract,
+            models.checkpoint_pieces(config),
+            is_ignorable=lambda name: models.is_ignorable(name, config),
+            progress=args.show_progress,
+        )
 
 
 def choose_dtype(args: ServerArgs, config: ModelConfig, is_cpu: bool) -> str:

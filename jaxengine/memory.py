@@ -15,6 +15,7 @@ LIBRARY_BYTES = 256 << 20  # cuBLAS workspaces and the like, outside the program
 class Demand(NamedTuple):
     """Bytes that are spoken for before the pool gets any."""
 
+    others: int  # of the process, there before the engine
     weights: int
     state: int  # request state by slot
     steps: int  # the largest temporary any compiled step takes
@@ -26,6 +27,11 @@ def device_bytes(device: Any) -> int:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * CPU_FRACTION)
+
+
+def bytes_in_use(device: Any) -> int:
+    """Memory that the process has taken on `device` already, where that is known."""
+    return int((device.memory_stats() or {}).get("bytes_in_use", 0))
 
 
 def step_bytes(executable: Any) -> int:
@@ -47,19 +53,17 @@ def num_pages_that_fit(
         ValueError: not a single page fits; the message has the numbers.
     """
     total = device_bytes(device)
-    in_use = (device.memory_stats() or {}).get("bytes_in_use", 0)
-    held = max(in_use, demand.weights)  # by these weights, and by what else lives in the process
-    spoken_for = held + demand.state + demand.steps + LIBRARY_BYTES
+    spoken_for = sum(demand) + LIBRARY_BYTES
     room = int(total * DEVICE_FRACTION) - spoken_for
     if mem_fraction_static is not None:
         room = min(room, int(total * mem_fraction_static) - demand.weights)
     if room < page_bytes:
         raise ValueError(
             f"no memory left for the KV cache: the device offers {total / GIB:.2f} GiB, of which "
-            f"{held / GIB:.2f} are in use, weights take {demand.weights / GIB:.2f}, request state "
-            f"{demand.state / GIB:.2f}, the largest step {demand.steps / GIB:.2f}; raise "
-            f"mem_fraction_static ({mem_fraction_static}), or lower chunked_prefill_size, "
-            "max_running_requests or context_length"
+            f"{demand.others / GIB:.2f} are in use for other things, weights take "
+            f"{demand.weights / GIB:.2f}, request state {demand.state / GIB:.2f}, the largest step "
+            f"{demand.steps / GIB:.2f}; raise mem_fraction_static ({mem_fraction_static}), or "
+            "lower chunked_prefill_size, max_running_requests or context_length"
         )
     return room // page_bytes
 

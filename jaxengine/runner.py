@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxengine import programs
 from jaxengine.compiling import Bucket
+from jaxengine.executables import Executables
 from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.programs import InstallInputs, RequestState, RowInputs
@@ -54,6 +55,8 @@ class StepPrograms:
     ):
         self.device = device
         self._kernels = kernels
+        self._executables = Executables(device)
+        self._identity = repr((graphdef, kernels))
         leaves, self._params_tree = jax.tree.flatten(params)
         self.params = self._placed(tuple(leaves))
         self._graphdef = graphdef
@@ -104,25 +107,40 @@ class StepPrograms:
         )
 
     def lower_step(self, bucket: Bucket, num_pages: int) -> Any:
-        rows = self._placed(
-            jax.ShapeDtypeStruct((bucket.num_rows, programs.NUM_ROW_FIELDS), np.int32)
-        )
-        state = self.state_shapes
         step = partial(self._step, bucket=bucket)
         kind = f"decode{bucket.num_steps}" if bucket.num_steps else f"extend_{bucket.num_tokens}"
         step.__name__ = f"{kind}x{bucket.num_rows}"  # type: ignore[attr-defined]
-        cache = self.cache_shapes(num_pages)
         with _exact_float32(self.params):
             return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
-                self.params, cache, state.tokens, state.page_table, state.sampling, rows
+                *self._step_arguments(bucket, num_pages)
             )
 
-    def trace_step(self, bucket: Bucket, num_pages: int, **options: Any) -> Callable[[], Any]:
-        """What compiles a step. `options` are further ones of XLA."""
-        if self.device.platform == "gpu" and not bucket.num_steps:
-            options = EXTEND_OPTIONS | options
-        lowered = self.lower_step(bucket, num_pages)
-        return partial(lowered.compile, compiler_options=options or None)
+    def trace_step(self, bucket: Bucket, num_pages: int) -> Callable[[], Any]:
+        """What compiles a step, or loads it."""
+        is_extend = self.device.platform == "gpu" and not bucket.num_steps
+        options = EXTEND_OPTIONS if is_extend else None
+        arguments = self._step_arguments(bucket, num_pages)
+        _, cache, tokens, page_table, *_ = arguments
+        return self._executables.through(
+            ("step", bucket, options, self._identity, arguments),
+            in_tree=jax.tree.structure((arguments, {})),
+            out_tree=jax.tree.structure((cache, tokens, page_table, 0)),
+            trace=lambda: partial(
+                self.lower_step(bucket, num_pages).compile, compiler_options=options
+            ),
+        )
+
+    def _step_arguments(self, bucket: Bucket, num_pages: int) -> tuple[Any, ...]:
+        rows = jax.ShapeDtypeStruct((bucket.num_rows, programs.NUM_ROW_FIELDS), np.int32)
+        state, cache = self.state_shapes, self.cache_shapes(num_pages)
+        return (
+            self.params,
+            cache,
+            state.tokens,
+            state.page_table,
+            state.sampling,
+            self._placed(rows),
+        )
 
     def empty_install(self) -> InstallInputs:
         """Inputs that install nothing, to be filled."""
@@ -139,9 +157,14 @@ class StepPrograms:
         )
 
     def trace_install(self) -> Callable[[], Any]:
-        """What compiles the program that installs requests."""
-        install = jax.jit(programs.install, donate_argnums=0)
-        return install.lower(self.state_shapes, self._placed(self.empty_install())).compile
+        """What compiles the program that installs requests, or loads it."""
+        arguments = self.state_shapes, self._placed(self.empty_install())
+        return self._executables.through(
+            ("install", arguments),
+            in_tree=jax.tree.structure((arguments, {})),
+            out_tree=jax.tree.structure(arguments[0]),
+            trace=lambda: jax.jit(programs.install, donate_argnums=0).lower(*arguments).compile,
+        )
 
     def _step(self, params, cache, tokens, page_table, sampling, rows, *, bucket):
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))

@@ -15,13 +15,13 @@ CPU_DEFAULTS = (512, 16)
 
 # Sizes of compiled steps: close together where padding costs most; on a CPU, where compiling does
 # and padding does not, few and far between.
-GPU_DECODE = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)
-GPU_EXTEND = (64, 256, 1024, 2048, 4096, 8192, 16384)
+GPU_DECODE = (1, 2, 8, 16, 32, 64, 128, 192, 256, 384, 512)
+GPU_EXTEND = (256, 1024, 2048, 4096, 8192, 16384)
 GPU_TILE = 64
 CPU_DECODE = (1, 4, 16, 64, 256)
 CPU_EXTEND = (32, 512, 8192)
 GPU_DECODE_STEPS = 8  # so the host's work for one launch is hidden behind several steps
-GPU_SINGLE_STEP = (1, 8, 32, 128, 512)  # for streams, and the last tokens of others: fewer sizes
+GPU_SINGLE_STEP = (1, 16, 64, 256)  # for streams, and the last tokens of others: fewer sizes
 
 
 @dataclass(frozen=True, kw_only=True)

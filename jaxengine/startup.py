@@ -5,27 +5,25 @@ It is the one place where all the parts are put together; what each of them does
 """
 
 import logging
-import os
 import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
 
 from jaxengine.admission import Limits
-from jaxengine.compiling import CompileCounter, compile_all
+from jaxengine.building import build
+from jaxengine.compiling import CompileCounter
 from jaxengine.config import configure_jax
-from jaxengine.loading import choose_dtype, find_model, load_model
+from jaxengine.loading import find_model
 from jaxengine.loop import Loop
-from jaxengine.memory import Demand, device_bytes, num_bytes, num_pages_that_fit, step_bytes
+from jaxengine.memory import Demand, device_bytes
 from jaxengine.models.config import ModelConfig
-from jaxengine.pallas_kernels.dispatch import Kernels, Problem, choose
 from jaxengine.results import OutputOptions
-from jaxengine.runner import INSTALL, Runner, StepPrograms
-from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxengine.runner import Runner
 from jaxengine.scheduler import Scheduler
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes, choose_sizes
@@ -55,7 +53,7 @@ class Started:
     num_pages: int
     page_bytes: int
     compile_counter: CompileCounter
-    seconds: dict[str, float] = field(default_factory=dict)  # phase of the start -> duration
+    seconds: dict[str, float]  # phase of the start -> duration; some run side by side
 
     def output_options(self, is_stream: bool) -> OutputOptions:
         args = self.args
@@ -108,40 +106,21 @@ def start(args: ServerArgs) -> Started:
     """
     logger.setLevel(args.log_level.upper())
     configure_jax()
-    seconds: dict[str, float] = {}
+    started, seconds = time.perf_counter(), dict[str, float]()
     device = _device(args.device)
-    is_cpu = device.platform == "cpu"
     with _phase("tokenizer", seconds):
         found = find_model(args)
     sizes = choose_sizes(
         args,
         max_position=found.config.max_position,
         device_bytes=device_bytes(device),
-        is_cpu=is_cpu,
+        is_cpu=device.platform == "cpu",
     )
-    dtype = choose_dtype(args, found.config, is_cpu)
-    kernels = _kernels(args, found.config, dtype, device)
-    with _phase("weights", seconds):
-        graphdef, params = load_model(args, found, dtype, device)
-    programs = StepPrograms(
-        graphdef,
-        params,
-        num_layers=found.config.num_layers,
-        page_shape=(found.config.num_kv_heads, args.page_size, found.config.head_size),
-        # On CPUs XLA may widen the whole 16-bit pool for every write into it.
-        cache_dtype="float32" if is_cpu else dtype,
-        num_slots=sizes.max_running_requests,
-        context_length=sizes.context_length,
-        num_stop_ids=MAX_STOP_TOKEN_IDS + len(found.eos_token_ids),
-        num_bias=MAX_LOGIT_BIAS,
-        device=device,
-        kernels=kernels,
-    )
-    with _phase("compile", seconds):
-        num_pages, executables = _compile(args, programs, sizes)
+    built = build(args, found, sizes, device)
+    programs, num_pages = built.programs, built.num_pages
+    seconds |= built.seconds
     with _phase("warm up", seconds):
-        runner = Runner(programs, executables, params, num_pages)
-    demand = _demand(programs, executables)
+        runner = Runner(programs, built.executables, built.params, num_pages)
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
     counter = CompileCounter()
     scheduler = _scheduler(args, sizes, num_pages, found.config, random_seed)
@@ -155,6 +134,7 @@ def start(args: ServerArgs) -> Started:
     )
     loop.start()
     Watchdog(loop, args.watchdog_timeout).start()
+    seconds["total"] = time.perf_counter() - started
     logger.info("ready: %s", ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()))
     return Started(
         args=args,
@@ -171,7 +151,7 @@ def start(args: ServerArgs) -> Started:
         random_seed=random_seed,
         model_config=found.config,
         device=device,
-        demand=demand,
+        demand=built.demand,
         num_pages=num_pages,
         page_bytes=programs.page_bytes,
         compile_counter=counter,
@@ -203,21 +183,6 @@ def _scheduler(
     )
 
 
-def _kernels(args: ServerArgs, config: ModelConfig, dtype: str, device: Any) -> Kernels:
-    capability = None
-    if device.platform == "gpu" and "NVIDIA" in device.device_kind:
-        major, minor = device.compute_capability.split(".")
-        capability = int(major), int(minor)
-    problem = Problem(
-        capability=capability,
-        dtype=dtype,
-        head_size=config.head_size,
-        group_size=config.group_size,
-        page_size=args.page_size,
-    )
-    return choose(args.attention_backend, problem)
-
-
 def _device(kind: str | None) -> Any:
     if kind is None:
         return jax.devices()[0]
@@ -228,59 +193,6 @@ def _device(kind: str | None) -> Any:
             f"device: there is no {kind} device that JAX can use ({error}); install the extra "
             "cuda13 or cuda12, or leave device out"
         ) from error
-
-
-def _compile(args: ServerArgs, programs: StepPrograms, sizes: Sizes) -> tuple[int, dict[Any, Any]]:
-    """The pool's size and all executables for it."""
-    num_pages = _num_pages(args, programs, sizes)
-    tasks: dict[Any, Any] = {
-        bucket: lambda bucket=bucket: programs.trace_step(bucket, num_pages)
-        for bucket in reversed(sizes.buckets)  # the slowest first
-    }
-    tasks[INSTALL] = programs.trace_install
-    num_threads = min(os.cpu_count() or 1, MAX_COMPILE_THREADS)
-    shows_progress = args.show_progress
-    return num_pages, compile_all(tasks, num_threads=num_threads, shows_progress=shows_progress)
-
-
-def _num_pages(args: ServerArgs, programs: StepPrograms, sizes: Sizes) -> int:
-    """The size asked for; else what fits beside the largest step, as far as it can be of use."""
-    if args.max_total_tokens is not None:
-        return args.max_total_tokens // args.page_size
-    contexts = sizes.max_running_requests * ENOUGH_CONTEXTS
-    useful = contexts * -(-sizes.context_length // args.page_size)
-    state = num_bytes(programs.state_shapes)
-    demand = Demand(num_bytes(programs.params), state, steps=0)
-    fits = num_pages_that_fit(
-        programs.device,
-        demand,
-        programs.page_bytes,
-        mem_fraction_static=args.mem_fraction_static,
-    )
-    if useful * 2 <= fits:
-        return useful
-    # The temporaries of a step do not depend on the pool's size, so any size tells them; nor, but
-    # for what the reserve covers, on which of the equivalent programs is the fastest.
-    options = UNTUNED if programs.device.platform == "gpu" else {}
-    largest = max(bucket for bucket in sizes.buckets if not bucket.num_steps)
-    steps = step_bytes(programs.trace_step(largest, fits // 2, **options)())
-    return min(
-        useful,
-        num_pages_that_fit(
-            programs.device,
-            demand._replace(steps=steps),
-            programs.page_bytes,
-            mem_fraction_static=args.mem_fraction_static,
-        ),
-    )
-
-
-def _demand(programs: StepPrograms, executables: dict[Any, Any]) -> Demand:
-    return Demand(
-        weights=num_bytes(programs.params),
-        state=num_bytes(programs.state_shapes),
-        steps=max(map(step_bytes, executables.values())),
-    )
 
 
 @contextmanager

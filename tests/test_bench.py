@@ -516,7 +516,7 @@ def test_a_shrunken_run_from_end_to_end(finished: tuple[str, dict[str, Any]]) ->
         )
     start = written["start"]
     assert start["phases"].keys() >= {"weights", "compile", "warm up"}
-    assert start["seconds"] >= sum(start["phases"].values()) and start["import_seconds"] >= 0
+    assert start["seconds"] >= start["phases"]["total"] and start["import_seconds"] >= 0
     assert written["model"]["num_params"] > 10_000 and written["model"]["dtype"] == "float32"
     assert written["model"]["weights"] == "random"
     assert written["machine"]["versions"]["jax"] == jax.__version__

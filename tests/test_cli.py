@@ -43,7 +43,7 @@ class FakeEngine:
         pass
 
     def get_server_info(self) -> dict[str, Any]:
-        return {"device": "cpu:0", "startup_time": {"compile": 1.5, "weights": 0.5}}
+        return {"device": "cpu:0", "startup_time": {"compile": 1.5, "total": 2.0}}
 
     def generate(
         self,

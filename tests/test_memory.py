@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jaxengine.memory import GIB, Demand, device_bytes, num_pages_that_fit
+from jaxengine.memory import GIB, Demand, bytes_in_use, device_bytes, num_pages_that_fit
 
 PAGE = 1 << 20
 
@@ -20,7 +20,7 @@ class Device:
 
 
 def fit(fraction: float | None, **demand: float) -> int:
-    amounts = {"weights": 0.0, "state": 0.0, "steps": 0.0} | demand
+    amounts = {"others": 0.0, "weights": 0.0, "state": 0.0, "steps": 0.0} | demand
     wanted = Demand(**{name: int(amount * GIB) for name, amount in amounts.items()})
     return num_pages_that_fit(Device(), wanted, PAGE, mem_fraction_static=fraction)
 
@@ -36,16 +36,16 @@ def test_a_fraction_limits_weights_and_pool_together() -> None:
 
 
 def test_what_else_lives_in_the_process_is_left_alone() -> None:
-    device = Device({"bytes_limit": 100 * GIB, "bytes_in_use": 60 * GIB})
-    demand = Demand(weights=10 * GIB, state=0, steps=0)
-    assert num_pages_that_fit(device, demand, PAGE, mem_fraction_static=None) * PAGE < 40 * GIB
+    assert bytes_in_use(Device({"bytes_limit": 100 * GIB, "bytes_in_use": 60 * GIB})) == 60 * GIB
+    assert bytes_in_use(Device(stats=None)) == 0
+    assert 20 * GIB < fit(None, others=60, weights=10) * PAGE < 30 * GIB
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(
-        ValueError, match="100.00 GiB, of which 99.00 are in use, weights take 99.00"
+        ValueError, match="100.00 GiB, of which 1.00 are in use for other things, weights take 99"
     ) as error:
-        fit(None, weights=99)
+        fit(None, others=1, weights=99)
     assert "lower chunked_prefill_size" in str(error.value)
     with pytest.raises(ValueError, match=r"raise mem_fraction_static \(0.1\)"):
         fit(0.1, weights=16)

@@ -67,7 +67,8 @@ def test_the_rungs_of_a_ladder_end_at_the_top() -> None:
 def test_sizes_on_a_gpu_pad_little() -> None:
     chosen = [bucket.num_rows for bucket in sizes().buckets if bucket.num_steps > 1]
     assert chosen[0] == 1 and chosen[-1] == 256
-    assert all(b <= 2 * a for a, b in zip(chosen, chosen[1:], strict=False))
+    # The time of up to 8 rows is that of reading the weights, however many they are.
+    assert all(b <= max(8, 2 * a) for a, b in zip(chosen, chosen[1:], strict=False))
 
 
 def test_a_gpu_decodes_several_steps_in_one_launch_unless_told_otherwise() -> None:

@@ -1,0 +1,169 @@
+"""From a model's shapes to its weights, its executables and the size of its KV pool. The weights
+are read while the programs are traced and compiled, which depend on no value of them.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxengine.compiling import compile_all
+from jaxengine.loading import FoundModel, abstract_model, choose_dtype, load_parameters
+from jaxengine.memory import (
+    GIB,
+    Demand,
+    bytes_in_use,
+    num_bytes,
+    num_pages_that_fit,
+    step_bytes,
+)
+from jaxengine.models.config import ModelConfig
+from jaxengine.pallas_kernels.dispatch import Kernels, Problem, choose
+from jaxengine.runner import INSTALL, StepPrograms
+from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxengine.server_args import ServerArgs
+from jaxengine.sizing import Sizes
+
+MAX_COMPILE_THREADS = 16
+ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
+
+logger = logging.getLogger("jaxengine")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a `Runner` runs, and what it took."""
+
+    programs: StepPrograms
+    executables: dict[Any, Any]
+    params: Any
+    num_pages: int
+    demand: Demand
+    seconds: dict[str, float]  # of reading the weights and, at the same time, of compiling
+
+
+def build(args: ServerArgs, found: FoundModel, sizes: Sizes, device: Any) -> Built:
+    """All of it.
+
+    Raises:
+        ValueError: weights that do not fit the model, kernels that do not fit the device, or no
+            room for a pool.
+    """
+    is_cpu = device.platform == "cpu"
+    dtype = choose_dtype(args, found.config, is_cpu)
+    kernels = _kernels(args, found.config, sizes, dtype, device)
+    abstract = abstract_model(found.config, dtype)
+    graphdef, params = nnx.split(abstract)
+    programs = StepPrograms(
+        graphdef,
+        params,
+        num_layers=found.config.num_layers,
+        page_shape=(found.config.num_kv_heads, args.page_size, found.config.head_size),
+        # On CPUs XLA may widen the whole 16-bit pool for every write into it.
+        cache_dtype="float32" if is_cpu else dtype,
+        num_slots=sizes.max_running_requests,
+        context_length=sizes.context_length,
+        num_stop_ids=MAX_STOP_TOKEN_IDS + len(found.eos_token_ids),
+        num_bias=MAX_LOGIT_BIAS,
+        device=device,
+        kernels=kernels,
+    )
+    demand = Demand(
+        others=bytes_in_use(device),
+        weights=num_bytes(programs.params),
+        state=num_bytes(programs.state_shapes),
+        steps=_foreseen_step_bytes(found.config, sizes, dtype),
+    )
+    reader = ThreadPoolExecutor(1, thread_name_prefix="jaxengine-weights")
+    reading = reader.submit(_timed, lambda: load_parameters(args, found, abstract, device))
+    reader.shutdown(wait=False)  # takes no more, and is not waited for if something fails
+    (num_pages, executables), compile_seconds = _timed(
+        lambda: _compile(args, programs, sizes, demand, reading)
+    )
+    params, weights_seconds = reading.result()
+    return Built(
+        programs=programs,
+        executables=executables,
+        params=params,
+        num_pages=num_pages,
+        demand=demand._replace(steps=max(map(step_bytes, executables.values()))),
+        seconds={"weights": weights_seconds, "compile": compile_seconds},
+    )
+
+
+def _compile(
+    args: ServerArgs, programs: StepPrograms, sizes: Sizes, demand: Demand, reading: Future
+) -> tuple[int, dict[Any, Any]]:
+    """The pool's size and all executables for it. What the largest step takes is known for sure
+    only then; if it is more than was thought, everything is built again for a smaller pool."""
+    num_pages = _num_pages(args, programs, sizes, demand)
+    tasks: dict[Any, Any] = {
+        bucket: lambda bucket=bucket: programs.trace_step(bucket, num_pages)
+        for bucket in reversed(sizes.buckets)  # the slowest first
+    }
+    executables = compile_all(
+        tasks | {INSTALL: programs.trace_install},
+        num_threads=min(os.cpu_count() or 1, MAX_COMPILE_THREADS),
+        shows_progress=args.show_progress,
+        beside=reading,
+    )
+    steps = max(map(step_bytes, executables.values()))
+    if num_pages > _num_pages(args, programs, sizes, demand._replace(steps=steps)):
+        logger.info("a step takes %.2f GiB, more than foreseen; building again", steps / GIB)
+        return _compile(args, programs, sizes, demand._replace(steps=steps), reading)
+    return num_pages, executables
+
+
+def _num_pages(args: ServerArgs, programs: StepPrograms, sizes: Sizes, demand: Demand) -> int:
+    """The size asked for; else what fits, as far as it can be of use."""
+    if args.max_total_tokens is not None:
+        return args.max_total_tokens // args.page_size
+    contexts = sizes.max_running_requests * ENOUGH_CONTEXTS
+    fits = num_pages_that_fit(
+        programs.device,
+        demand,
+        programs.page_bytes,
+        mem_fraction_static=args.mem_fraction_static,
+    )
+    return min(contexts * -(-sizes.context_length // args.page_size), fits)
+
+
+def _foreseen_step_bytes(config: ModelConfig, sizes: Sizes, dtype: str) -> int:
+    """What the largest step will take: for every token three streams beside a layer's widest
+    arrays, or for every row its logits twice; and a fourth of that for small things."""
+    mlp = 3 * config.intermediate_size
+    attention = 2 * (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+    elements = sizes.chunk_size * (3 * config.hidden_size + max(mlp, attention))
+    logits = sizes.max_running_requests * config.vocab_size * 2 * 4
+    return max(elements * jnp.dtype(dtype).itemsize, logits) * 5 // 4
+
+
+def _kernels(
+    args: ServerArgs, config: ModelConfig, sizes: Sizes, dtype: str, device: Any
+) -> Kernels:
+    capability = None
+    if device.platform == "gpu" and "NVIDIA" in device.device_kind:
+        major, minor = device.compute_capability.split(".")
+        capability = int(major), int(minor)
+    problem = Problem(
+        capability=capability,
+        dtype=dtype,
+        head_size=config.head_size,
+        group_size=config.group_size,
+        page_size=args.page_size,
+    )
+    mixes_decode = args.enable_mixed_chunk or sizes.max_decode_rows < sizes.max_running_requests
+    return choose(args.attention_backend, problem, mixes_decode=mixes_decode)
+
+
+def _timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.perf_counter()
+    return call(), time.perf_counter() - started
