@@ -10,6 +10,9 @@ import pytest
 ON_GPU = os.environ.get("JAXENGINE_TEST_GPU") == "1"
 if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
+else:  # trying out products on the device, one after the other, would take most of the time
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {given}"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning about forks would be an error here
 

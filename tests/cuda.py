@@ -1,7 +1,9 @@
 """Lowering for an NVIDIA GPU on a machine without one: shapes, layouts and instructions that a
-kernel may not have are refused there, though nothing is run."""
+kernel may not have are refused there, though nothing is run. And many programs compiled at once."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,3 +17,21 @@ def lower_for_cuda(
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         traced = jax.jit(function, donate_argnums=donate).trace(*args, **kwargs)
         return traced.lower(lowering_platforms=("cuda",))
+
+
+def compile_ahead(
+    calls: Mapping[Any, tuple[Callable[..., Any], Sequence[Any]]],
+) -> dict[Any, Future]:
+    """Programs of functions for their arguments, which may be shapes, compiled side by side: most
+    of the time goes by in CUDA's compilers, outside of Python. A failure is raised by `result()`.
+    """
+    threads = ThreadPoolExecutor(os.cpu_count())
+    futures: dict[Any, Future] = {}
+    for key, (function, arguments) in calls.items():
+        try:
+            futures[key] = threads.submit(jax.jit(function).lower(*arguments).compile)
+        except Exception as error:
+            futures[key] = Future()
+            futures[key].set_exception(error)
+    threads.shutdown(wait=False)
+    return futures

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import assert_near_exact, attention_exact, causal_mask, to_float64
+from numerics import assert_near_exact, attention_exact, attention_naive, to_float64
 
 from jaxengine.pallas_kernels.paged_attention import Config, paged_attention, write_kv
 
@@ -81,22 +81,12 @@ def attend(case: Case, *, window: int | None = None, config: Config = SMALL) -> 
     return call(case.q, case.cache, **case.ragged, scale=HEAD**-0.5, window=window, config=config)
 
 
-def naive_attention(q, k, v, *, window: int | None) -> np.ndarray:
-    """The textbook formula in the dtype of its inputs, with float32 softmax."""
-    (T, N, _), (S, K, _) = q.shape, k.shape
-    q, k, v = jnp.asarray(q), *(jnp.repeat(jnp.asarray(a), N // K, axis=1) for a in (k, v))
-    scores = jnp.einsum("tnh,snh->nts", q, k, preferred_element_type=jnp.float32) * HEAD**-0.5
-    scores = jnp.where(jnp.asarray(causal_mask(T, S, window))[None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("nts,snh->tnh", weights, v, preferred_element_type=jnp.float32)
-    return np.asarray(out.astype(q.dtype))
-
-
 def check(case: Case, *, window: int | None = None, config: Config = SMALL) -> np.ndarray:
     """Compares every row with float64, and padding with zero."""
     out = np.asarray(attend(case, window=window, config=config))
-    exact = [attention_exact(*s, scale=HEAD**-0.5, window=window) for s in case.sequences]
-    naive = [naive_attention(*s, window=window) for s in case.sequences]
+    how: dict[str, Any] = dict(scale=HEAD**-0.5, window=window)
+    exact = [attention_exact(*s, **how) for s in case.sequences]
+    naive = [attention_naive(*s, **how) for s in case.sequences]
     num_tokens = sum(len(e) for e in exact)
     assert_near_exact(out[:num_tokens], np.concatenate(exact), np.concatenate(naive))
     assert not to_float64(out[num_tokens:]).any()

@@ -1,14 +1,16 @@
 """Decode attention on tensor cores against float64: interpreted and lowered for CUDA here, run
 where there is a GPU. What no row owns, the rest of each last page included, is NaN."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import lower_for_cuda
-from numerics import assert_near_exact, softmax_exact, to_float64
+from attention_cases import Case, Heads, Program, Room, abstract, compare, make_case, mixed
+from cuda import compile_ahead, lower_for_cuda
+from numerics import to_float64
 
 from jaxengine.pallas_kernels import paged_decode as module
 from jaxengine.pallas_kernels.paged_decode import (
@@ -25,125 +27,48 @@ SLOW = jax.__version_info__ < (0, 11)
 """The interpreter of JAX 0.10 takes several seconds a case."""
 
 
-class Case(NamedTuple):
-    """Arguments of one call, and each row's own k and v."""
+def calling(heads: Heads, **how: Any) -> Callable[..., Any]:
+    """A function of the parts of a case."""
 
-    q: jax.Array
-    cache: jax.Array
-    where: dict[str, jax.Array]
-    sequences: list[tuple[np.ndarray, np.ndarray]]
+    def call(q, cache, ragged):
+        where = {name: ragged[name] for name in ("kv_lens", "page_table")}
+        return paged_decode(q, cache, **where, scale=heads.H**-0.5, **how)
 
-
-def make_case(
-    rng: np.random.Generator,
-    lens: list[int],
-    *,
-    N: int,
-    K: int,
-    H: int,
-    page_size: int = 64,
-    dtype: Any = jnp.bfloat16,
-    fill: float = np.nan,
-) -> Case:
-    """Rows of `lens` tokens over shuffled pages; whatever no row owns holds `fill`."""
-    counts = [-(-kv_len // page_size) for kv_len in lens]
-    num_pages = 2 + sum(counts)
-    free = list(rng.permutation(np.arange(1, num_pages)))
-    table = np.zeros((len(lens), max(counts) + 1), np.int32)
-    cache = np.full((num_pages, 2, K, page_size, H), fill, np.float32)
-    sequences = []
-    for row, kv_len in enumerate(lens):
-        k, v = (
-            np.asarray(jnp.asarray(rng.standard_normal((kv_len, K, H)), dtype)) for _ in range(2)
-        )
-        sequences.append((k, v))
-        table[row, : counts[row]] = [free.pop() for _ in range(counts[row])]
-        places = np.arange(kv_len)
-        pages, places = table[row, places // page_size], places % page_size
-        cache[pages, 0, :, places], cache[pages, 1, :, places] = k, v
-    q = jnp.asarray(rng.standard_normal((len(lens), N, H)), dtype)
-    where = dict(kv_lens=jnp.asarray(lens, jnp.int32), page_table=jnp.asarray(table))
-    return Case(q, jnp.asarray(cache, dtype), where, sequences)
+    return call
 
 
-def attend(case: Case, *, interpret: bool, window: int | None = None, **how: Any) -> np.ndarray:
-    scale = case.q.shape[2] ** -0.5
-
-    def call(q, cache, where):
-        how_all = dict(scale=scale, window=window, interpret=interpret, **how)
-        return paged_decode(q, cache, **where, **how_all)
-
-    return np.asarray(jax.jit(call)(case.q, case.cache, case.where))
-
-
-def seen(q, k, v, window: int | None) -> tuple[np.ndarray, ...]:
-    """k and v of those that one token sees, each for as many query heads as share it."""
-    G = q.shape[0] // k.shape[1]
-    start = 0 if window is None else max(len(k) - window, 0)
-    return q, np.repeat(k[start:], G, axis=1), np.repeat(v[start:], G, axis=1)
-
-
-def exact(q, k, v, *, window: int | None, soft_cap: float | None) -> np.ndarray:
-    q, k, v = (to_float64(a) for a in seen(q, k, v, window))
-    scores = np.einsum("nh,snh->ns", q, k) * q.shape[1] ** -0.5
-    if soft_cap is not None:
-        scores = soft_cap * np.tanh(scores / soft_cap)
-    return np.einsum("ns,snh->nh", softmax_exact(scores), v)
-
-
-def naive(q, k, v, *, window: int | None, soft_cap: float | None) -> np.ndarray:
-    """The textbook formula in the dtype of its inputs, with float32 softmax."""
-    q, k, v = (jnp.asarray(a) for a in seen(q, k, v, window))
-    scores = jnp.einsum("nh,snh->ns", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[1] ** -0.5
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("ns,snh->nh", weights, v, preferred_element_type=jnp.float32)
-    return np.asarray(out.astype(q.dtype))
-
-
-def check(
-    case: Case, *, window: int | None = None, soft_cap: float | None = None, **how: Any
-) -> np.ndarray:
+def check(call: Callable[..., Any], case: Case, **masks: Any) -> None:
     """Compares rows with tokens with float64, and the others with zero."""
-    out = attend(case, window=window, soft_cap=soft_cap, **how)
-    kinds: dict[str, Any] = dict(window=window, soft_cap=soft_cap)
-    q = np.asarray(case.q)
-    rows = [row for row, (k, _) in enumerate(case.sequences) if len(k)]
-    right = [exact(q[row], *case.sequences[row], **kinds) for row in rows]
-    usual = [naive(q[row], *case.sequences[row], **kinds) for row in rows]
-    assert_near_exact(out[rows], np.stack(right), np.stack(usual))
-    assert not to_float64(np.delete(out, rows, axis=0)).any()
-    return out
+    rest = compare(np.asarray(call(*case[:3])), case, **masks)
+    assert not to_float64(rest).any()
 
 
 SMALL = dict(stages=2, min_run=1, merge_cost=1)
 CASES = {
-    "even runs, rows without tokens, an odd group": dict(
-        lens=[130, 0, 1, 64, 65],
-        shape=dict(N=14, K=2, H=64),
-        how=dict(config=Config(blocks=4, **SMALL)),
+    "even runs, rows without tokens, an odd group": (
+        [130, 0, 1, 64, 65],
+        Program(Heads(14, 2, 64)),
+        Config(blocks=4, **SMALL),
     ),
-    "aligned runs, one row": dict(
-        lens=[300],
-        shape=dict(N=4, K=1, H=64),
-        how=dict(config=Config(blocks=3, **SMALL)),
+    "aligned runs, one row": (
+        [300],
+        Program(Heads(4, 1, 64)),
+        Config(blocks=3, **SMALL),
     ),
-    "window, small pages, float16": dict(
-        lens=[129, 63, 200],
-        shape=dict(N=4, K=1, H=128, page_size=16, dtype=jnp.float16),
-        how=dict(config=Config(blocks=3, **SMALL), window=70),
+    "window, small pages, float16": (
+        [129, 63, 200],
+        Program(Heads(4, 1, 128, 16, jnp.float16), window=70),
+        Config(blocks=3, **SMALL),
     ),
-    "soft cap, several pages a tile, one head a kv head": dict(
-        lens=[67, 257, 127],
-        shape=dict(N=2, K=2, H=64, page_size=32),
-        how=dict(config=Config(tile=128, blocks=5, **SMALL), soft_cap=2.0),
+    "soft cap, several pages a tile, one head a kv head": (
+        [67, 257, 127],
+        Program(Heads(2, 2, 64, 32), soft_cap=2.0),
+        Config(tile=128, blocks=5, **SMALL),
     ),
-    "wide heads, a large group, pages larger than a tile": dict(
-        lens=[128, 191],
-        shape=dict(N=16, K=1, H=256, page_size=128),
-        how=dict(config=Config(blocks=2, **SMALL)),
+    "wide heads, a large group, pages larger than a tile": (
+        [128, 191],
+        Program(Heads(16, 1, 256, 128)),
+        Config(blocks=2, **SMALL),
     ),
 }
 
@@ -152,8 +77,9 @@ CASES = {
 def test_interpreted_it_is_exact(rng, name):
     if SLOW and name not in list(CASES)[:2]:
         pytest.skip("the interpreter of JAX 0.10 takes too long")
-    case = CASES[name]
-    check(make_case(rng, case["lens"], **case["shape"]), **case["how"], interpret=True)
+    lens, program, config = CASES[name]
+    call = jax.jit(calling(program.heads, **program.masks, config=config, interpret=True))
+    check(call, make_case(rng, [(1, n) for n in lens], program.heads), **program.masks)
 
 
 @pytest.mark.skipif(SLOW, reason="the interpreter of JAX 0.10 knows no races")
@@ -161,81 +87,109 @@ def test_the_warpgroups_of_a_block_do_not_race(rng, monkeypatch, capsys):
     if (params := getattr(module.plgpu, "InterpretGPUParams", None)) is None:
         pytest.skip("this JAX has no public interpreter")
     monkeypatch.setattr(module, "_interpreter", lambda: params(detect_races=True))
-    case = make_case(rng, [130, 0, 64], N=7, K=1, H=64)
+    heads = Heads(7, 1, 64)
     # One block, since what makes blocks wait for each other is not there.
-    check(case, config=Config(blocks=1, **SMALL), interpret=True)
+    call = calling(heads, window=None, config=Config(blocks=1, **SMALL), interpret=True)
+    check(jax.jit(call), make_case(rng, [(1, 130), (1, 0), (1, 64)], heads))
     assert "RACE" not in capsys.readouterr().out
 
 
-HEADS = {name.rsplit(" ", 3)[0]: dict(N=s.N, K=s.K, H=s.H) for name, s in SHAPES.items()}
-HEADS["wide"] = dict(N=8, K=4, H=256)
-HEADS["large group"] = dict(N=32, K=2, H=128)
-HEADS["multi-head"] = dict(N=3, K=3, H=64)
-ON_GPU = {
-    "every length": [1, 2, 3, 5, 7, 8, 63, 64, 65, 97, 127, 128, 129, 191, 255, 256, 257, 1009],
-    "one": [1],
-    "one long": [5003],
-    "many and uneven": [(37 * i * i) % 2003 for i in range(150)],
+# Every head size with every page size, and every other choice with most.
+LLAMA, QWEN, WIDE, LARGE_GROUP = (32, 8, 128), (14, 2, 64), (8, 4, 256), (32, 2, 128)
+F16 = jnp.float16
+PROGRAMS = {
+    "llama-3.1-8b": Program(Heads(*LLAMA)),
+    "llama-3.1-8b, window": Program(Heads(*LLAMA, 16, F16), window=100),
+    "qwen3-0.6b": Program(Heads(16, 8, 128, 128), soft_cap=5.0),
+    "qwen3-0.6b, one row": Program(Heads(16, 8, 128), rows=1),
+    "qwen2.5-0.5b": Program(Heads(*QWEN), rows=150),
+    "qwen2.5-0.5b, window and cap": Program(Heads(*QWEN, 16, F16), window=77, soft_cap=5.0),
+    "qwen3-30b-a3b": Program(Heads(32, 4, 128, 32)),
+    "wide": Program(Heads(*WIDE)),
+    "wide, window": Program(Heads(*WIDE, 16, F16), window=1000),
+    "wide, cap": Program(Heads(*WIDE, 128), soft_cap=3.0),
+    "wide, one row": Program(Heads(*WIDE, 32, F16), soft_cap=5.0, rows=1),
+    "large group": Program(Heads(*LARGE_GROUP, 128), window=100, rows=100),
+    "large group, small pages": Program(Heads(*LARGE_GROUP, 32, F16)),
+    "multi-head": Program(Heads(3, 3, 64, 128, F16), window=200, rows=100),
+    "multi-head, cap": Program(Heads(3, 3, 64, 32), soft_cap=5.0),
 }
+BATCHES = [
+    [1],
+    [5003],
+    [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129]
+    + [191, 255, 256, 257, 1009, 2003],
+]
+
+
+def batches_of(program: Program) -> list[list[int]]:
+    """Those with room in its rows; and so many rows that blocks have parts of several."""
+    return [lens for lens in BATCHES if len(lens) <= program.rows] + [
+        [(37 * row * row) % 401 for row in range(program.rows)]
+    ]
+
+
+def room_for(program: Program) -> Room:
+    batches = batches_of(program)
+    return Room(program.rows, max(map(sum, batches)), max(map(max, batches)))
+
+
+def prepared(program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function, and shapes that hold every batch."""
+    shapes = abstract(program.rows, program.heads, room_for(program))
+    return calling(program.heads, **program.masks), shapes
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_ahead({name: prepared(program) for name, program in PROGRAMS.items()})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [{}, dict(window=100), dict(soft_cap=30.0)], ids=str)
-@pytest.mark.parametrize("page_size", [16, 64, 128])
-@pytest.mark.parametrize("lens", ON_GPU)
-@pytest.mark.parametrize("name", HEADS)
-def test_on_a_gpu_it_is_exact(rng, name, lens, page_size, kind):
-    dtype = jnp.float16 if kind else jnp.bfloat16
-    case = make_case(rng, ON_GPU[lens], **HEADS[name], page_size=page_size, dtype=dtype)
-    check(case, **kind, interpret=False)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_on_a_gpu_it_is_exact(rng, compiled, name):
+    program = PROGRAMS[name]
+    for lens in batches_of(program):
+        rows = mixed(rng, [(1, n) for n in lens], program.rows, empty=(1, 0))
+        case = make_case(rng, rows, program.heads, room=room_for(program))
+        check(compiled[name].result(), case, **program.masks)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_counters_are_left_as_they_were_found(rng):
     """Many layers use one plan, and all get what the first one gets."""
-    case = make_case(rng, [(37 * i * i) % 2003 for i in range(50)], **HEADS["llama-3.1-8b"])
-    N, K, H = (HEADS["llama-3.1-8b"][name] for name in "NKH")
-    where, how = case.where, dict(scale=H**-0.5, window=None)
+    N, K, H = LLAMA
+    lens = [(1, (37 * i * i) % 1009) for i in range(50)]
+    q, cache, ragged, _ = make_case(rng, lens, Heads(*LLAMA))
 
-    def layers(q, cache):
-        plan = plan_for(where["kv_lens"], num_heads=N, num_kv_heads=K, head_size=H, window=None)
-        outs = [paged_decode(q, cache, **where, **how, plan=plan)]
-        for _ in range(20):
-            again = q + (outs[-1] * 0).astype(q.dtype)  # one after another
-            outs.append(paged_decode(again, cache, **where, **how, plan=plan))
+    def layers(q, cache, kv_lens, page_table):
+        plan = plan_for(kv_lens, num_heads=N, num_kv_heads=K, head_size=H, window=None)
+        how = dict(kv_lens=kv_lens, page_table=page_table, scale=H**-0.5, window=None)
+        layer = jax.jit(lambda q, cache: paged_decode(q, cache, **how, plan=plan))  # lowered once
+        outs = [layer(q, cache)]
+        for _ in range(8):
+            outs.append(layer(q + (outs[-1] * 0).astype(q.dtype), cache))  # one after another
         return jnp.stack(outs), plan.runs
 
-    outs, runs = jax.jit(layers)(case.q, case.cache)
+    outs, runs = jax.jit(layers)(q, cache, ragged["kv_lens"], ragged["page_table"])
+    outs = np.asarray(outs)
     assert not np.asarray(runs)[:, FIELDS.index("arrived")].any()
     for out in outs[1:]:
         np.testing.assert_array_equal(out, outs[0])
 
 
-def lower_shape(B: int, N: int, K: int, H: int, page_size: int, kv_len: int, **kind: Any) -> Any:
-    dtype, pages = kind.pop("dtype", jnp.bfloat16), -(-kv_len // page_size)
-    q = jax.ShapeDtypeStruct((B, N, H), dtype)
-    cache = jax.ShapeDtypeStruct((B * pages + 1, 2, K, page_size, H), dtype)
-    kv_lens = jax.ShapeDtypeStruct((B,), jnp.int32)
-    table = jax.ShapeDtypeStruct((B, pages), jnp.int32)
-
-    def call(q, cache, kv_lens, page_table):
-        how: dict[str, Any] = dict(scale=0.1, window=None) | kind
-        return paged_decode(q, cache, kv_lens=kv_lens, page_table=page_table, **how)
-
-    return lower_for_cuda(call, q, cache, kv_lens, table)
-
-
 @pytest.mark.parametrize("name", SHAPES)
-def test_it_lowers_for_cuda(name):
-    lowered = lower_shape(**SHAPES[name]._asdict())
+def test_production_shapes_lower_for_cuda(name):
+    B, N, K, H, kv_len, page_size = SHAPES[name]
+    heads, room = Heads(N, K, H, page_size), Room(B, B * kv_len, kv_len)
+    lowered = lower_for_cuda(calling(heads, window=None), *abstract(B, heads, room))
     assert lowered.as_text().count("mosaic_gpu_v2") == 1
 
 
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("page_size", [16, 128])
-def test_it_lowers_for_other_pages_and_kinds(heads, page_size):
-    kind: dict[str, Any] = dict(window=1024, soft_cap=50.0, dtype=jnp.float16)
-    lower_shape(B=3, **HEADS[heads], page_size=page_size, kv_len=4096, **kind)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_a_gpu_is_tested_with_lowers(name):
+    call, arguments = prepared(PROGRAMS[name])
+    lower_for_cuda(call, *arguments)
 
 
 def test_reasons():

@@ -3,14 +3,16 @@ rows that nobody owns are NaN. And their lowering for CUDA at production shapes.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda import lower_for_cuda
-from numerics import assert_near_exact, causal_mask, softmax_exact, to_float64
+from attention_cases import Case, Heads, Program, Room, abstract, compare, make_case, mixed
+from cuda import compile_ahead, lower_for_cuda
+from numerics import to_float64
 
 from jaxengine.pallas_kernels import paged_decode_triton, ragged_extend_triton
 from jaxengine.pallas_kernels.paged_decode_triton import cut_into_parts, paged_decode
@@ -21,145 +23,48 @@ pytestmark = pytest.mark.filterwarnings(
 )
 CUT = paged_decode_triton.Config(min_part=64, max_whole=64, programs=16)
 SMALL = ragged_extend_triton.Config(block=16, step=32)
-ON_BOTH = pytest.mark.parametrize(
-    "interpret", [True, pytest.param(False, marks=pytest.mark.gpu)], ids=["interpreted", "real"]
-)
+BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 
-class Heads(NamedTuple):
-    N: int
-    K: int
-    H: int
-    page_size: int = 64
-    dtype: Any = jnp.float32
+def decoding(heads: Heads, **how: Any) -> Callable[..., Any]:
+    """A function of the parts of a case."""
+    how = dict(scale=heads.H**-0.5, window=None) | how
+
+    def call(q, cache, ragged):
+        where = {name: ragged[name] for name in ("kv_lens", "page_table")}
+        return paged_decode(q, cache, **where, **how)
+
+    return call
 
 
-class Case(NamedTuple):
-    """Arguments of one call, and each row's own q, k and v."""
-
-    q: jax.Array
-    cache: jax.Array
-    ragged: dict[str, jax.Array]
-    sequences: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+def extending(heads: Heads, **how: Any) -> Callable[..., Any]:
+    """A function of the parts of a case."""
+    how = dict(scale=heads.H**-0.5, window=None) | how
+    return lambda q, cache, ragged: ragged_extend(q, cache, **ragged, **how)
 
 
-def make_case(
-    rng: np.random.Generator,
-    lens: list[tuple[int, int]],
-    heads: Heads,
-    *,
-    padding: int = 0,
-    window: int | None = None,
-    fill: float = np.nan,
-) -> Case:
-    """Rows of (query_len, kv_len) tokens over shuffled pages, and padding tokens. Whatever no row
-    sees in whole pages, or no row owns, holds `fill`."""
-    N, K, H, page_size, dtype = heads
-    num_pages = 2 + sum(-(-kv_len // page_size) for _, kv_len in lens)
-    free = list(rng.permutation(np.arange(1, num_pages)))
-    page_table = np.zeros((len(lens), 1 + max(-(-s // page_size) for _, s in lens)), np.int32)
-    cache = np.full((num_pages, 2, K, page_size, H), fill, np.float32)
-    sequences = []
-    for row, (query_len, kv_len) in enumerate(lens):
-        shapes = (query_len, N, H), (kv_len, K, H), (kv_len, K, H)
-        q, k, v = (np.asarray(jnp.asarray(rng.standard_normal(s), dtype)) for s in shapes)
-        sequences.append((q, k, v))
-        pages = -(-kv_len // page_size)
-        page_table[row, :pages] = [free.pop() for _ in range(pages)]
-        place = np.arange(kv_len)
-        page, place = page_table[row, place // page_size], place % page_size
-        cache[page, 0, :, place], cache[page, 1, :, place] = k, v
-        if window:  # as if the pages it has left behind had been given away
-            page_table[row, : max(kv_len - query_len + 1 - window, 0) // page_size] = 0
-    query_lens, kv_lens = np.array(lens, np.int32).T
-    ragged = dict(
-        query_starts=np.cumsum(query_lens) - query_lens,
-        query_lens=query_lens,
-        kv_lens=kv_lens,
-        page_table=page_table,
-    )
-    ragged = {name: jnp.asarray(value, jnp.int32) for name, value in ragged.items()}
-    q = np.concatenate([q for q, _, _ in sequences] + [np.full((padding, N, H), fill)])
-    return Case(jnp.asarray(q, dtype), jnp.asarray(cache, dtype), ragged, sequences)
+def check_decode(call: Callable[..., Any], case: Case, **masks: Any) -> None:
+    """Compares rows with tokens with float64, and the others with zero."""
+    rest = compare(np.asarray(call(*case[:3])), case, **masks)
+    assert not to_float64(rest).any()
 
 
-def cap(scores: Any, soft_cap: float | None, tanh: Any) -> Any:
-    return scores if soft_cap is None else soft_cap * tanh(scores / soft_cap)
+def check_extend(call: Callable[..., Any], case: Case, **masks: Any) -> None:
+    """Compares rows of two tokens or more; all else must be finite."""
+    rest = compare(np.asarray(call(*case[:3])), case, min_queries=2, **masks)
+    assert np.isfinite(to_float64(rest)).all()
 
 
-def exact_attention(q, k, v, *, window: int | None, soft_cap: float | None) -> np.ndarray:
-    (T, N, H), (S, K, _) = q.shape, k.shape
-    q, k, v = (to_float64(a) for a in (q, k, v))
-    k, v = (np.repeat(a, N // K, axis=1) for a in (k, v))
-    scores = cap(np.einsum("tnh,snh->nts", q, k) * H**-0.5, soft_cap, np.tanh)
-    if not S:
-        return np.zeros(q.shape)
-    scores = np.where(causal_mask(T, S, window), scores, -np.inf)
-    return np.einsum("nts,snh->tnh", softmax_exact(scores), v)
+def decode(case: Case, heads: Heads, **how: Any) -> None:
+    """Interpreted."""
+    masks = {name: how.get(name) for name in ("window", "soft_cap")}
+    check_decode(jax.jit(decoding(heads, **how, interpret=True)), case, **masks)
 
 
-def naive_attention(q, k, v, *, window: int | None, soft_cap: float | None) -> np.ndarray:
-    """The textbook formula in the dtype of its inputs, with float32 softmax."""
-    (T, N, H), (S, K, _) = q.shape, k.shape
-    if not S:
-        return np.zeros(q.shape, q.dtype)
-    q, k, v = jnp.asarray(q), *(jnp.repeat(jnp.asarray(a), N // K, axis=1) for a in (k, v))
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision="highest")
-    scores = cap(einsum("tnh,snh->nts", q, k) * H**-0.5, soft_cap, jnp.tanh)
-    scores = jnp.where(jnp.asarray(causal_mask(T, S, window))[None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return np.asarray(einsum("nts,snh->tnh", weights, v).astype(q.dtype))
-
-
-def compare(out: Any, case: Case, **masks: Any) -> None:
-    """`out` has the tokens of the rows of `case`, one after the other."""
-    exact = np.concatenate([exact_attention(*s, **masks) for s in case.sequences])
-    naive = np.concatenate([naive_attention(*s, **masks) for s in case.sequences])
-    assert_near_exact(out, exact, naive)
-
-
-def decode(case: Case, *, window=None, soft_cap=None, config=None, interpret=True) -> np.ndarray:
-    call = jax.jit(
-        functools.partial(
-            paged_decode,
-            scale=case.q.shape[2] ** -0.5,
-            window=window,
-            soft_cap=soft_cap,
-            config=config,
-            interpret=interpret,
-        )
-    )
-    rows = {name: case.ragged[name] for name in ("kv_lens", "page_table")}
-    return np.asarray(call(case.q, case.cache, **rows))
-
-
-def extend(case: Case, *, window=None, soft_cap=None, config=None, interpret=True) -> np.ndarray:
-    call = jax.jit(
-        functools.partial(
-            ragged_extend,
-            scale=case.q.shape[2] ** -0.5,
-            window=window,
-            soft_cap=soft_cap,
-            config=config,
-            interpret=interpret,
-        )
-    )
-    return np.asarray(call(case.q, case.cache, **case.ragged))
-
-
-def check_decode(case: Case, *, window=None, soft_cap=None, **options: Any) -> None:
-    out = decode(case, window=window, soft_cap=soft_cap, **options)
-    compare(out, case, window=window, soft_cap=soft_cap)
-
-
-def check_extend(case: Case, *, window=None, soft_cap=None, **options: Any) -> None:
-    """Compares rows of two tokens or more; the others must be finite."""
-    out = extend(case, window=window, soft_cap=soft_cap, **options)
-    longer = [s for s in case.sequences if len(s[0]) > 1]
-    rows = np.repeat(case.ragged["query_lens"], case.ragged["query_lens"])
-    owned = out[: len(rows)]
-    assert np.isfinite(to_float64(owned)).all()
-    compare(owned[rows > 1], case._replace(sequences=longer), window=window, soft_cap=soft_cap)
+def extend(case: Case, heads: Heads, config: Any = SMALL, **masks: Any) -> None:
+    """Interpreted."""
+    call = extending(heads, **masks, config=config, interpret=True)
+    check_extend(jax.jit(call), case, **masks)
 
 
 def hostile(page_size: int) -> list[tuple[int, int]]:
@@ -168,54 +73,99 @@ def hostile(page_size: int) -> list[tuple[int, int]]:
 
 
 HEADS = [
-    Heads(4, 4, 64, 16),
-    Heads(8, 2, 80, 32),
-    Heads(7, 1, 96, 64),
-    Heads(8, 1, 128, 128),
-    Heads(4, 2, 256, 16),
-    Heads(14, 2, 64, 64, jnp.bfloat16),
-    Heads(16, 2, 128, 64, jnp.bfloat16),
-    Heads(4, 4, 80, 128, jnp.float16),
-    Heads(8, 4, 256, 64, jnp.bfloat16),
+    Heads(4, 4, 64, 16, F32),
+    Heads(8, 2, 80, 32, F32),
+    Heads(7, 1, 96, 64, F32),
+    Heads(8, 1, 128, 128, F32),
+    Heads(4, 2, 256, 16, F32),
+    Heads(14, 2, 64, 64),
+    Heads(16, 2, 128, 64),
+    Heads(4, 4, 80, 128, F16),
+    Heads(8, 4, 256, 64),
 ]
-
-
-@ON_BOTH
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_decode_of_hostile_lengths_is_exact(rng, heads, interpret):
-    check_decode(make_case(rng, hostile(heads.page_size), heads), interpret=interpret)
-
-
-@ON_BOTH
-@pytest.mark.parametrize("heads", [Heads(7, 1, 96, 64), Heads(16, 2, 128, 16, jnp.bfloat16)])
-def test_decode_of_hostile_lengths_in_parts_is_exact(rng, heads, interpret):
-    config = dataclasses.replace(
-        paged_decode_triton.default_config(heads.H, heads.dtype),
-        min_part=64,
-        max_whole=64,
-        programs=16,
-    )
-    case = make_case(rng, hostile(heads.page_size), heads)
-    check_decode(case, config=config, interpret=interpret)
-
-
-@ON_BOTH
-@pytest.mark.parametrize(
+MASKS = pytest.mark.parametrize(
     ("page_size", "window", "soft_cap"),
     [(16, 1, None), (128, 16, None), (16, 100, 2.0), (128, 1000, None), (64, None, 5.0)],
 )
-def test_decode_with_a_window_or_soft_cap_is_exact(rng, page_size, window, soft_cap, interpret):
-    heads = Heads(4, 2, 64, page_size, jnp.bfloat16)
-    case = make_case(rng, hostile(page_size), heads, window=window)
-    check_decode(case, window=window, soft_cap=soft_cap, config=CUT, interpret=interpret)
 
 
-@ON_BOTH
-def test_a_long_row_among_short_ones_is_cut_and_exact(rng, interpret):
-    lens = [(1, 3), (1, 0), (1, 2900), (1, 130), (1, 64)]
-    heads = Heads(8, 2, 64, 64, jnp.bfloat16)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decode_of_hostile_lengths_is_exact(rng, heads):
+    decode(make_case(rng, hostile(heads.page_size), heads), heads)
+
+
+@pytest.mark.parametrize("heads", [Heads(7, 1, 96, 64, F32), Heads(16, 2, 128, 16)], ids=str)
+def test_decode_of_hostile_lengths_in_parts_is_exact(rng, heads):
+    usual = paged_decode_triton.default_config(heads.H, heads.dtype)
+    config = dataclasses.replace(usual, min_part=64, max_whole=64, programs=16)
+    decode(make_case(rng, hostile(heads.page_size), heads), heads, config=config)
+
+
+@MASKS
+def test_decode_with_a_window_or_soft_cap_is_exact(rng, page_size, window, soft_cap):
+    heads = Heads(4, 2, 64, page_size)
+    case = make_case(rng, hostile(page_size), heads, forgotten=window)
+    decode(case, heads, window=window, soft_cap=soft_cap, config=CUT)
+
+
+def test_a_long_row_among_short_ones_is_cut_and_exact(rng):
+    lens, heads = [(1, 3), (1, 0), (1, 2900), (1, 130), (1, 64)], Heads(8, 2, 64)
     config = paged_decode_triton.Config(min_part=64, max_whole=128, programs=80)
-    check_decode(make_case(rng, lens, heads), config=config, interpret=interpret)
+    decode(make_case(rng, lens, heads), heads, config=config)
+
+
+# Every head size, group and page size that models have, and others that no model has with them.
+DECODING = {
+    "llama-3.1-8b": Program(Heads(32, 8, 128)),
+    "qwen3-0.6b": Program(Heads(16, 8, 128, 16, F16), soft_cap=5.0),
+    "qwen2.5-0.5b": Program(Heads(14, 2, 64)),
+    "qwen2.5-0.5b, one row": Program(Heads(14, 2, 64, 16), rows=1),
+    "qwen3-30b-a3b": Program(Heads(32, 4, 128, 32), window=100),
+    "gemma": Program(Heads(8, 4, 256), window=1000, soft_cap=3.0),
+    "large group": Program(Heads(16, 1, 128, 128, F16), window=100),
+    "head size 80": Program(Heads(4, 4, 80, 128, F16)),
+    "head size 96": Program(Heads(7, 1, 96, 32, F32), soft_cap=5.0),
+    "float32": Program(Heads(8, 1, 128, 16, F32), window=16),
+    "float32, wide": Program(Heads(4, 2, 256, 128, F32)),
+}
+SHORT = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129, 197, 255, 256, 257]
+LONG = [[5003], [*SHORT, 1009, 2003], [(37 * row * row) % 1009 for row in range(40)]]
+DECODE_BATCHES = {"whole": [[1], SHORT, [0]], "cut": [[1], *LONG]}
+"""A kernel of its own merges what a wide page table lets be cut."""
+
+
+def decode_batches(name: str, how: str) -> tuple[list[Any], Room]:
+    rows = DECODING[name].rows
+    batches = [lens for lens in DECODE_BATCHES[how] if len(lens) <= rows]
+    return batches, Room(rows, max(map(sum, batches)), max(map(max, batches)))
+
+
+def prepared(kind: str, name: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function, and shapes that hold every batch."""
+    if kind == "extend":
+        program = EXTENDING[name]
+        call, room = extending(program.heads, **program.masks), EXTEND_ROOM
+    else:
+        program, room = DECODING[name], decode_batches(name, kind)[1]
+        call = decoding(program.heads, **program.masks)
+    return call, abstract(program.rows, program.heads, room)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return compile_ahead({key: prepared(*key) for key in PREPARED})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", DECODE_BATCHES)
+@pytest.mark.parametrize("name", DECODING)
+def test_on_a_gpu_decode_is_exact(rng, compiled, name, how):
+    heads, window, *_, rows = program = DECODING[name]
+    batches, room = decode_batches(name, how)
+    for lens in batches:
+        lens = mixed(rng, [(1, n) for n in lens], rows, empty=(1, 0))
+        case = make_case(rng, lens, heads, room=room, forgotten=window)
+        check_decode(compiled[how, name].result(), case, **program.masks)
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -248,44 +198,77 @@ def test_parts_cover_every_row_once_and_are_balanced(rng, window):
 LENS = [(5, 5), (1, 30), (0, 0), (2, 40), (64, 64), (17, 100), (1, 1), (33, 150)]
 
 
-@ON_BOTH
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_extend_of_hostile_lengths_is_exact(rng, heads, interpret):
-    config = SMALL if interpret else None
-    case = make_case(rng, LENS, heads, padding=7)
-    check_extend(case, config=config, interpret=interpret)
+def test_extend_of_hostile_lengths_is_exact(rng, heads):
+    extend(make_case(rng, LENS, heads, padding=7), heads)
 
 
-@ON_BOTH
-@pytest.mark.parametrize(
-    ("page_size", "window", "soft_cap"),
-    [(16, 1, None), (128, 16, None), (16, 100, 2.0), (128, 1000, None), (64, None, 5.0)],
-)
-def test_extend_with_a_window_or_soft_cap_is_exact(rng, page_size, window, soft_cap, interpret):
-    heads = Heads(4, 2, 64, page_size, jnp.bfloat16)
-    case = make_case(rng, LENS, heads, window=window, padding=3)
-    config = SMALL if interpret else None
-    check_extend(case, window=window, soft_cap=soft_cap, config=config, interpret=interpret)
+@MASKS
+def test_extend_with_a_window_or_soft_cap_is_exact(rng, page_size, window, soft_cap):
+    heads = Heads(4, 2, 64, page_size)
+    case = make_case(rng, LENS, heads, forgotten=window, padding=3)
+    extend(case, heads, window=window, soft_cap=soft_cap)
 
 
-@ON_BOTH
-def test_default_blocks_are_exact(rng, interpret):
-    lens = [(150, 150), (1, 700), (200, 1201), (2, 2)]
-    check_extend(make_case(rng, lens, Heads(4, 2, 64, 64, jnp.bfloat16)), interpret=interpret)
+def test_default_blocks_are_exact(rng):
+    lens, heads = [(150, 150), (1, 700), (200, 1201), (2, 2)], Heads(4, 2, 64)
+    extend(make_case(rng, lens, heads), heads, config=None)
 
 
 def test_only_skipped_rows_and_padding_are_finite(rng):
-    case = make_case(rng, [(1, 5), (1, 70), (0, 0)], Heads(4, 2, 64, 16), padding=20)
-    assert np.isfinite(extend(case, config=SMALL)).all()
+    heads = Heads(4, 2, 64, 16)
+    extend(make_case(rng, [(1, 5), (1, 70), (0, 0)], heads, padding=20), heads)
 
 
-@pytest.mark.parametrize("call", [decode, extend])
-def test_what_else_the_cache_holds_does_not_matter(call):
-    lens = LENS if call is extend else hostile(64)
+EXTENDING = {
+    "llama-3.1-8b": Program(Heads(32, 8, 128)),
+    "qwen2.5-0.5b": Program(Heads(14, 2, 64)),
+    "qwen2.5-0.5b, window": Program(Heads(14, 2, 64, 16, F16), window=16),
+    "gemma": Program(Heads(8, 4, 256), window=1000, soft_cap=3.0),
+    "multi-head": Program(Heads(4, 4, 128, 32), window=100, soft_cap=2.0),
+    "head size 80": Program(Heads(4, 4, 80, 128, F16)),
+    "head size 96": Program(Heads(7, 1, 96, 32, F32), soft_cap=5.0),
+    "float32": Program(Heads(8, 1, 128, 128, F32)),
+    "float32, wide": Program(Heads(4, 2, 256, 16, F32), window=1),
+}
+EXTEND_BATCHES = [
+    [(n, n) for n in [1, 2, 3, 5, 7, 8, 63, 64, 65, 97, 127, 128, 129, 255]],
+    [(64, 1000), (1, 700), (100, 1601), (3, 64), (2, 65), (17, 129), (128, 128), (200, 1201)],
+    [(1, 1 + 5 * i) for i in range(35)] + [(700, 700), (90, 2048), (1, 3)],
+]
+EXTEND_ROOM = Room(1001, 6000, 2048)
 
-    def result(fill: float) -> np.ndarray:
-        case = make_case(np.random.default_rng(1), lens, Heads(4, 2, 64), window=30, fill=fill)
-        return call(case, window=30)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", EXTENDING)
+def test_on_a_gpu_extend_is_exact(rng, compiled, name):
+    heads, window, *_, rows = program = EXTENDING[name]
+    for lens in EXTEND_BATCHES:
+        case = make_case(rng, mixed(rng, lens, rows), heads, room=EXTEND_ROOM, forgotten=window)
+        check_extend(compiled["extend", name].result(), case, **program.masks)
+
+
+PREPARED = [(how, name) for how in DECODE_BATCHES for name in DECODING]
+PREPARED += [("extend", name) for name in EXTENDING]
+
+
+@pytest.mark.parametrize(("kind", "name"), PREPARED)
+def test_what_a_gpu_is_tested_with_lowers(kind, name):
+    call, shapes = prepared(kind, name)
+    text = lower_for_cuda(call, *shapes).as_text()
+    assert "__gpu$xla.gpu.triton" in text
+    assert ("merge" in text) == (kind == "cut")
+
+
+@pytest.mark.parametrize("calling", [decoding, extending])
+def test_what_else_the_cache_holds_does_not_matter(calling):
+    heads = Heads(4, 2, 64, dtype=F32)
+    lens = LENS if calling is extending else hostile(64)
+    call = jax.jit(calling(heads, window=30, interpret=True))
+
+    def result(fill: float) -> Any:
+        rng = np.random.default_rng(1)
+        return call(*make_case(rng, lens, heads, forgotten=30, fill=fill)[:3])
 
     for fill in (np.nan, np.inf):
         np.testing.assert_array_equal(result(fill), result(0.0))
@@ -300,45 +283,18 @@ def test_unsupported_arrays_are_refused_with_a_reason():
     assert "not 17" in str(paged_decode_triton.unsupported(**{**good, "group_size": 17}))
 
 
-def shaped(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 @pytest.mark.parametrize("name", paged_decode_triton.SHAPES)
-def test_decode_lowers_for_cuda(name):
-    dtype = jnp.bfloat16
+def test_production_shapes_of_decode_lower_for_cuda(name):
     B, N, K, H, kv_len, page_size = paged_decode_triton.SHAPES[name]
-    text = lower_for_cuda(
-        lambda q, cache, kv_lens, table: paged_decode(
-            q, cache, kv_lens=kv_lens, page_table=table, scale=H**-0.5, window=None
-        ),
-        shaped((B, N, H), dtype),
-        shaped((1000, 2, K, page_size, H), dtype),
-        shaped((B,)),
-        shaped((B, -(-kv_len // page_size))),
-    ).as_text()
+    heads, room = Heads(N, K, H, page_size), Room(B, B * kv_len, kv_len - page_size)
+    text = lower_for_cuda(decoding(heads), *abstract(B, heads, room)).as_text()
     assert "__gpu$xla.gpu.triton" in text
     assert ("merge" in text) == (kv_len > 512)
 
 
 @pytest.mark.parametrize("name", ragged_extend_triton.SHAPES)
-def test_extend_lowers_for_cuda(name):
-    dtype = jnp.bfloat16
+def test_production_shapes_of_extend_lower_for_cuda(name):
     B, N, K, H, query_len, kv_len, page_size = ragged_extend_triton.SHAPES[name]
-    text = lower_for_cuda(
-        lambda q, cache, starts, lens, kv_lens, table: ragged_extend(
-            q,
-            cache,
-            query_starts=starts,
-            query_lens=lens,
-            kv_lens=kv_lens,
-            page_table=table,
-            scale=H**-0.5,
-            window=None,
-        ),
-        shaped((B * query_len, N, H), dtype),
-        shaped((1000, 2, K, page_size, H), dtype),
-        *[shaped((B,))] * 3,
-        shaped((B, -(-kv_len // page_size))),
-    ).as_text()
+    heads, room = Heads(N, K, H, page_size), Room(B * query_len, B * kv_len, kv_len)
+    text = lower_for_cuda(extending(heads), *abstract(B, heads, room)).as_text()
     assert "__gpu$xla.gpu.triton" in text
