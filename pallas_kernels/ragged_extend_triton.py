@@ -66,7 +66,7 @@ def ragged_extend(
     scale: float,
     window: int | None,
     soft_cap: float | None = None,
-    min_query_len: int = 2,
+    min_query_len: int = 1,
     config: Config | None = None,
     interpret: bool = False,
 ) -> Float[Array, "T N H"]:

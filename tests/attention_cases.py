@@ -37,6 +37,7 @@ class Program(NamedTuple):
     window: int | None = None
     soft_cap: float | None = None
     rows: int = 40
+    min_queries: int = 1  # rows of fewer are left out
 
     @property
     def masks(self) -> dict[str, Any]:

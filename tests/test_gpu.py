@@ -71,9 +71,9 @@ def test_the_embedded_model_says_the_same_with_kernels_and_without() -> None:
     assert streamed[-1]["text"] == texts[None][0]
 
 
-CONTEXTS = (1, 7, 64, 700, 2500)
+CONTEXTS = (1, 7, 64, 1000, 8000)
 ALONE = [1, 3]  # of which few_row_linear takes the decoding
-PAGE, PAGES_EACH = 64, 40
+PAGE, PAGES_EACH = 64, 126
 
 
 @pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen2.5-0.5b", "llama-3.1-8b"])
