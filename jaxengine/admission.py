@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
 
-from jaxengine.inputs import Entry
+from jaxengine.inputs import AskedLogprobs, Entry
+from jaxengine.logprobs import Logprobs
 from jaxengine.request import Request
 from jaxengine.sampling_params import DefaultLength, SamplingParams
 
@@ -26,6 +27,7 @@ class Limits:
     pool_tokens: int  # the whole KV pool, in tokens
     eos_token_ids: frozenset[int]
     truncates: bool  # cut what is too long instead of refusing it
+    has_raw_logprobs: bool = False  # outputs' are of the model's own logits
 
     @property
     def max_tokens(self) -> int:
@@ -54,6 +56,33 @@ def make_request(
         stop_token_ids=frozenset() if sampling.ignore_eos else stop_ids,
         seed=seeds.getrandbits(SEED_BITS) if seed is None else _sample_seed(seed, entry.sample),
         priority=entry.priority,
+        logprobs=entry.logprobs and _logprobs(entry.logprobs, len(prompt_ids), limits),
+    )
+
+
+def _logprobs(asked: AskedLogprobs, prompt_len: int, limits: Limits) -> Logprobs:
+    """The books of what is asked.
+
+    Raises:
+        ValueError: a start behind the prompt's last token, or more alternatives than there are.
+    """
+    start = prompt_len - 1 if asked.start_len == -1 else asked.start_len
+    if start >= prompt_len:
+        raise ValueError(
+            f"logprob_start_len: expected less than the prompt's {prompt_len} tokens, or -1, got "
+            f"{start}"
+        )
+    if asked.num_top > limits.vocab_size:
+        raise ValueError(
+            f"top_logprobs_num: expected at most {limits.vocab_size}, got {asked.num_top}"
+        )
+    wrong = [token for token in asked.ids if not 0 <= token < limits.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"token_ids_logprob: expected ids from 0 to {limits.vocab_size - 1}, got {wrong[0]}"
+        )
+    return Logprobs(
+        start=start, num_top=asked.num_top, ids=asked.ids, is_raw=limits.has_raw_logprobs
     )
 
 

@@ -26,6 +26,7 @@ from jaxengine.memory import (
 from jaxengine.models.config import ModelConfig
 from jaxengine.pallas_kernels.dispatch import Kernels, Problem, choose
 from jaxengine.runner import INSTALL, StepPrograms
+from jaxengine.sampling.probabilities import block_size
 from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes
@@ -143,7 +144,9 @@ def _foreseen_step_bytes(config: ModelConfig, sizes: Sizes, dtype: str) -> int:
     attention = 2 * (config.num_heads + 2 * config.num_kv_heads) * config.head_size
     elements = sizes.chunk_size * (3 * config.hidden_size + max(mlp, attention))
     logits = sizes.max_running_requests * config.vocab_size * 2 * 4
-    return max(elements * jnp.dtype(dtype).itemsize, logits) * 5 // 4
+    # A step that tells of prompts' log-probabilities may be compiled at any time.
+    block = 2 * 4 * block_size(config.vocab_size) * config.vocab_size
+    return max(elements * jnp.dtype(dtype).itemsize, logits, block) * 5 // 4
 
 
 def _kernels(

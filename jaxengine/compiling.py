@@ -5,7 +5,7 @@ that proves that nothing is compiled afterwards. It does not know what a step co
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, TypeVar
 
@@ -45,6 +45,20 @@ def buckets(
     found = {Bucket(rows, rows, steps) for steps, sizes in decode.items() for rows in sizes}
     found |= {Bucket(tokens, min(tokens, max_rows)) for tokens in extend}
     return tuple(sorted(found))
+
+
+def thinned(sizes: Collection[Bucket], factor: int = 4) -> list[Bucket]:
+    """Fewer launch sizes, in the same order: of each kind the largest, those smaller by `factor`
+    than the one kept before, and the smallest."""
+    kept: list[Bucket] = []
+    for kind in {size.num_steps for size in sizes}:
+        of_kind = sorted((size for size in sizes if size.num_steps == kind), reverse=True)
+        last = None
+        for size in of_kind:
+            if last is None or size.num_tokens * factor <= last.num_tokens or size == of_kind[-1]:
+                kept.append(size)
+                last = size
+    return sorted(kept)
 
 
 def compile_all(

@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
-from jaxengine.inputs import Entry, normalise, refuse_unavailable
+from jaxengine.engine_scoring import ScoringMethods
+from jaxengine.inputs import Entry, LogprobOptions, normalise, refuse_unavailable
 from jaxengine.loop import Loop
 from jaxengine.request import Request
 from jaxengine.results import StopText, Writer
@@ -29,7 +30,7 @@ class FlushResult(NamedTuple):
     success: bool
 
 
-class Engine:
+class Engine(ScoringMethods):
     """A model on a device, and a thread that continues prompts with it.
 
     `Engine(model_path=..., ...)` with the fields of `ServerArgs`, or
@@ -72,6 +73,10 @@ class Engine:
         sampling_params: Sampling | Sequence[Sampling] | None = None,
         input_ids: ArrayLike | None = None,
         *,
+        return_logprob: bool | Sequence[bool] | None = None,
+        logprob_start_len: int | Sequence[int] | None = None,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        token_ids_logprob: Sequence[Any] | None = None,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
@@ -86,6 +91,15 @@ class Engine:
                 of `SamplingParams`.
             input_ids: token ids instead of text, taken verbatim: a list or array of ids, or a list
                 of such.
+            return_logprob: log-probabilities in `meta_info`, as `input_token_logprobs` and
+                `output_token_logprobs`: entries `(logprob, token id, None)`. An output's are of the
+                distribution after penalties, biases and temperature (`logprobs_mode` has raw ones).
+            logprob_start_len: the first prompt token with an entry, whose logprob is None; -1: the
+                last one.
+            top_logprobs_num: so many of the likeliest tokens for each entry, as
+                `*_top_logprobs`.
+            token_ids_logprob: for each entry these tokens too, as `*_token_ids_logprobs`; with
+                max_new_tokens = 0 for what might come next.
             stream: return an iterator of chunks instead. They are cumulative, unless the engine has
                 `incremental_streaming_output`; those of a list carry `index`. Closing or dropping
                 the iterator aborts the rest.
@@ -101,7 +115,12 @@ class Engine:
             ValueError, TypeError: some part of the call is wrong; then none of it was started.
             RuntimeError: the engine failed or was shut down.
         """
-        call = self._call(prompt, sampling_params, input_ids, stream, rid, priority, unavailable)
+        logprobs = LogprobOptions(
+            return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
+        )
+        call = self._call(
+            prompt, sampling_params, input_ids, logprobs, stream, rid, priority, unavailable
+        )
         return Stream(call) if stream else wait(call)
 
     async def async_generate(
@@ -110,13 +129,22 @@ class Engine:
         sampling_params: Sampling | Sequence[Sampling] | None = None,
         input_ids: ArrayLike | None = None,
         *,
+        return_logprob: bool | Sequence[bool] | None = None,
+        logprob_start_len: int | Sequence[int] | None = None,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        token_ids_logprob: Sequence[Any] | None = None,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
         **unavailable: Any,
     ) -> Any:
         """`generate` for coroutines; with `stream`, awaiting it gives an `AsyncStream`."""
-        call = self._call(prompt, sampling_params, input_ids, stream, rid, priority, unavailable)
+        logprobs = LogprobOptions(
+            return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
+        )
+        call = self._call(
+            prompt, sampling_params, input_ids, logprobs, stream, rid, priority, unavailable
+        )
         return await AsyncStream(call).start() if stream else await wait_async(call)
 
     def abort(self, rid: str | Sequence[str] | None = None, *, abort_all: bool = False) -> None:
@@ -152,7 +180,9 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _call(self, prompt, sampling_params, input_ids, stream, rid, priority, unavailable) -> Call:
+    def _call(
+        self, prompt, sampling_params, input_ids, logprobs, stream, rid, priority, unavailable
+    ) -> Call:
         if not self._loop.is_alive:
             raise self._loop.refusal()
         refuse_unavailable(unavailable)
@@ -161,7 +191,7 @@ class Engine:
         if priority is not None and not has_priority:
             warnings.warn("priority: needs enable_priority_scheduling=True", stacklevel=3)
         defaults = args.sampling_defaults
-        inputs = normalise(prompt, sampling_params, input_ids, rid, priority, defaults)
+        inputs = normalise(prompt, sampling_params, input_ids, rid, priority, defaults, logprobs)
         requests = self._requests(inputs.entries, stream)
         options = self._started.output_options(stream)
         writers = [Writer(request, self._started.tokenizer, options) for request in requests]

@@ -17,10 +17,6 @@ UNAVAILABLE = {
     "video_data": "video is",
     "mm_hashes": "images are",
     "mm_content_hashes": "images are",
-    "return_logprob": "log-probabilities are",
-    "logprob_start_len": "log-probabilities are",
-    "top_logprobs_num": "log-probabilities are",
-    "token_ids_logprob": "log-probabilities are",
     "lora_path": "LoRA is",
     "custom_logit_processor": "custom logit processors are",
     "require_reasoning": "parsing of reasoning is",
@@ -41,7 +37,38 @@ UNAVAILABLE = {
 }
 """Arguments of SGLang's `generate` whose feature does not exist yet: asking for one is an error."""
 
-AVAILABLE = ("prompt", "sampling_params", "input_ids", "stream", "rid", "priority")
+AVAILABLE = (
+    "prompt",
+    "sampling_params",
+    "input_ids",
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "token_ids_logprob",
+    "stream",
+    "rid",
+    "priority",
+)
+
+
+class LogprobOptions(NamedTuple):
+    """What `generate` is to tell of distributions, for all prompts of a call or one each."""
+
+    return_logprob: Any = None
+    logprob_start_len: Any = None
+    top_logprobs_num: Any = None
+    token_ids_logprob: Any = None
+
+
+NO_LOGPROBS = LogprobOptions()
+
+
+class AskedLogprobs(NamedTuple):
+    """The same for one prompt."""
+
+    start_len: int  # -1: the last token of the prompt
+    num_top: int
+    ids: tuple[int, ...]
 
 
 class Entry(NamedTuple):
@@ -53,6 +80,7 @@ class Entry(NamedTuple):
     rid: str
     priority: int
     sample: int  # 0 .. n-1: which of the prompt's samples
+    logprobs: AskedLogprobs | None = None
 
 
 class Inputs(NamedTuple):
@@ -67,6 +95,7 @@ def normalise(
     rid: str | Sequence[str] | None,
     priority: int | Sequence[int] | None,
     defaults: Mapping[str, Any],
+    logprobs: LogprobOptions = NO_LOGPROBS,
 ) -> Inputs:
     """The samples asked for: prompts in order, the `n` of each one after the other.
 
@@ -81,8 +110,9 @@ def normalise(
         raise ValueError(f"n: expected the same number for every prompt of a call, got {counts}")
     rids = _rids(rid, len(texts), n, is_batch)
     priorities = _priorities(priority, len(texts))
+    asked = _logprobs(logprobs, len(texts), is_batch)
     entries = [
-        Entry(texts[i], ids[i], params[i], rids[i * n + sample], priorities[i], sample)
+        Entry(texts[i], ids[i], params[i], rids[i * n + sample], priorities[i], sample, asked[i])
         for i in range(len(texts))
         for sample in range(n)
     ]
@@ -111,7 +141,7 @@ def _asks_for_something(name: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_asks_for_something(name, each) for each in value)
     if isinstance(value, bool | int | str | dict):
-        return bool(value) and (name, value) != ("logprob_start_len", -1)
+        return bool(value)
     return value is not None
 
 
@@ -230,3 +260,46 @@ def _priorities(priority: Any, count: int) -> list[int]:
     if len(priorities) != count or not all(type(each) is int for each in priorities):
         raise ValueError(f"priority: expected an int, or {count} of them, got {short(priority)}")
     return priorities
+
+
+def _logprobs(given: LogprobOptions, count: int, is_batch: bool) -> list[AskedLogprobs | None]:
+    wanted = _for_each("return_logprob", given.return_logprob, False, bool, count)
+    starts = _for_each("logprob_start_len", given.logprob_start_len, -1, int, count)
+    tops = _for_each("top_logprobs_num", given.top_logprobs_num, 0, int, count)
+    ids = _asked_ids(_plain(given.token_ids_logprob), count, is_batch)
+    for name, values, least in (("logprob_start_len", starts, -1), ("top_logprobs_num", tops, 0)):
+        if min(values, default=least) < least:
+            raise ValueError(f"{name}: expected {least} or more, got {min(values)}")
+    return [AskedLogprobs(starts[i], tops[i], ids[i]) if wanted[i] else None for i in range(count)]
+
+
+def _for_each(name: str, given: Any, default: Any, kind: type, count: int) -> list[Any]:
+    """A value for every prompt, where one for all or a list was given."""
+    given = _plain(given)
+    values = list(given) if isinstance(given, list | tuple) else [given] * count
+    values = [default if value is None else value for value in values]
+    if len(values) != count or not all(type(value) is kind for value in values):
+        raise ValueError(
+            f"{name}: expected {kind.__name__}, or a list of {count}, got {short(given)}"
+        )
+    return values
+
+
+def _asked_ids(given: Any, count: int, is_batch: bool) -> list[tuple[int, ...]]:
+    """Token ids to ask about: one list for all prompts, or a list of lists for a list of them."""
+    if given is None:
+        return [()] * count
+    is_nested = isinstance(given, list | tuple) and any(
+        each is None or isinstance(each, list | tuple) for each in given
+    )
+    lists = [each or () for each in given] if is_nested else [given] * count
+    if len(lists) != count or (is_nested and not is_batch) or not all(map(_is_ids, lists)):
+        raise ValueError(
+            "token_ids_logprob: expected a list of token ids, or for a list of prompts one such "
+            f"list each, got {short(given)}"
+        )
+    return [tuple(each) for each in lists]
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(each) is int for each in value)

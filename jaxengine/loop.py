@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from jaxengine import outputs
+from jaxengine.logprobs import Told
 from jaxengine.request import Request, Status
 from jaxengine.scheduler import Row, Scheduler, StepPlan
 
@@ -24,6 +25,8 @@ class StepRunner(Protocol):
     def submit(self, plan: StepPlan, /) -> Any: ...
 
     def collect(self, submitted: Any, /) -> Sequence[Sequence[int]]: ...
+
+    def collect_logprobs(self, submitted: Any, /) -> tuple[Told | None, Told | None]: ...
 
     def close(self) -> None: ...
 
@@ -158,8 +161,13 @@ class Loop:
 
     def _deliver(self, plan: StepPlan, submitted: Any) -> None:
         drawn = self.runner.collect(submitted)
-        for row, tokens in zip(plan.rows, drawn, strict=False):  # padding rows follow
+        told = None if plan.wanted is None else self.runner.collect_logprobs(submitted)
+        first = 0  # the row's first token among those that were read
+        for index, (row, tokens) in enumerate(zip(plan.rows, drawn, strict=False)):  # then padding
+            if told is not None and row.request.status is not Status.FINISHED:
+                book_logprobs(row, index, first, tokens[: row.num_draws], *told)
             self._deliver_row(row, tokens[: row.num_draws])
+            first += row.query_len
         self._count_steps(max(plan.num_steps, 1))
         if self.after_step is not None:
             self.after_step()
@@ -178,7 +186,7 @@ class Loop:
         if request.status is Status.FINISHED:  # it ended before this step did
             return
         if not tokens:
-            if not request.can_run and not request.in_flight:  # a prompt, and nothing to draw
+            if row.start + row.query_len == request.num_to_compute:  # a prompt; nothing to draw
                 self._finish(request, outputs.length_reason(request.max_new_tokens))
             return
         num_before = len(request.output_ids)
@@ -262,6 +270,31 @@ class Loop:
         refusal = RuntimeError(f"this engine failed and takes no more requests: {self.error!r}")
         refusal.__cause__ = self.error
         return refusal
+
+
+def book_logprobs(
+    row: Row,
+    index: int,
+    first: int,
+    tokens: Sequence[int],
+    of_drawn: Told | None,
+    of_inputs: Told | None,
+) -> None:
+    """Books what a launch told of a row, whose own tokens begin at `first` among all it read.
+    Entries of tokens that turn out to stand behind the end are never shown."""
+    request, start, end = row.request, row.start, row.start + row.query_len
+    books, prompt = request.logprobs, request.prompt_ids
+    if books is None:
+        return
+    if of_inputs is not None and books.tells_inputs(start, end, len(prompt)):
+        own = Told(*(array[first : first + row.query_len] for array in of_inputs))
+        books.add_inputs(start, prompt[start + 1 : end + 1], own)
+    if of_drawn is None:
+        return
+    for step, token in enumerate(tokens):
+        books.add_output(token, Told(*(array[step, index] for array in of_drawn)))
+    if not request.max_new_tokens and end == len(prompt):
+        books.add_next(Told(*(array[0, index] for array in of_drawn)))
 
 
 def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:

@@ -4,8 +4,12 @@ Pure functions over plain values; the names and their meaning are those of SGLan
 know neither requests nor the tokenizer.
 """
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jaxengine.logprobs import Logprobs, TokenLogprobs
 
 FinishReason = dict[str, Any]
 
@@ -63,13 +67,15 @@ def result(
     index: int | None = None,
     text_start: int = 0,
     ids_start: int = 0,
+    logprobs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One result, or one chunk of a stream (`finish_reason` None but for the last).
 
     `text` is None where there is no tokenizer. `text_start` and `ids_start` are what earlier chunks
     have said already: 0 makes cumulative chunks; `completion_tokens` is cumulative in any case.
     `e2e_latency` is in seconds and `sent_at` in seconds since the epoch, each given once a request.
-    `index` is the place in the batch of a streamed batch, None elsewhere.
+    `index` is the place in the batch of a streamed batch, None elsewhere. `logprobs` are what
+    `logprob_lists` gives.
     """
     meta_info = {
         "id": rid,
@@ -80,6 +86,8 @@ def result(
         "completion_tokens": len(output_ids),
         "cached_tokens": cached_tokens,
     }
+    if logprobs is not None:
+        meta_info |= logprobs
     if e2e_latency is not None:
         meta_info["e2e_latency"] = e2e_latency
     if sent_at is not None:
@@ -87,3 +95,45 @@ def result(
     out = {} if text is None else {"text": text[text_start:]}
     out |= {"output_ids": list(output_ids[ids_start:]), "meta_info": meta_info}
     return out if index is None else out | {"index": index}
+
+
+def logprob_lists(
+    asked: Logprobs, prompt_ids: Sequence[int], num_outputs: int, outputs_start: int = 0
+) -> dict[str, list[Any]]:
+    """The lists of log-probabilities in `meta_info`, by SGLang's names.
+
+    Entries are `(logprob, token id, None)`; the first of a prompt's has no logprob, and in the
+    other lists None stands in its place. Of a prompt that is not continued, the lists of
+    alternatives have one entry for what might have come. `outputs_start` as in `result`.
+    """
+    outputs = asked.outputs[outputs_start:num_outputs]
+    first = (None, prompt_ids[asked.start], None)
+    lists: dict[str, list[Any]] = {
+        "input_token_logprobs": [first, *map(_entry, asked.inputs)],
+        "output_token_logprobs": list(map(_entry, outputs)),
+    }
+    nexts = [asked.next_token] if asked.next_token is not None else outputs
+    if asked.num_top:
+        lists["input_top_logprobs"] = [None, *map(_top, asked.inputs)]
+        lists["output_top_logprobs"] = list(map(_top, nexts))
+    if asked.ids:
+        of_ids = lambda entry: [
+            (_finite(logprob), token, None)
+            for logprob, token in zip(entry.of_ids, asked.ids, strict=True)
+        ]
+        lists["input_token_ids_logprobs"] = [None, *map(of_ids, asked.inputs)]
+        lists["output_token_ids_logprobs"] = list(map(of_ids, nexts))
+    return lists
+
+
+def _entry(entry: TokenLogprobs) -> tuple[float, int, None]:
+    return _finite(entry.logprob), entry.token, None
+
+
+def _top(entry: TokenLogprobs) -> list[tuple[float, int, None]]:
+    return [(_finite(logprob), token, None) for logprob, token in entry.top]
+
+
+def _finite(logprob: float) -> float:
+    """JSON knows no infinity."""
+    return logprob if math.isfinite(logprob) else -sys.float_info.max

@@ -12,11 +12,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxengine.logprobs import Wanted
 from jaxengine.models.interface import Batch, KVCache, Model, rows_of
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
-from jaxengine.sampling import SamplingState, sample
+from jaxengine.sampling import (
+    SamplingState,
+    TokenLogprobs,
+    adjust,
+    draw_adjusted,
+    logprobs,
+    logprobs_by_blocks,
+)
 from jaxengine.sampling import install as install_sampling
 
 NUM_ROW_FIELDS = 5
@@ -41,6 +49,29 @@ class RequestState(NamedTuple):
     sampling: SamplingState
 
 
+class Outputs(NamedTuple):
+    """What the host reads of a launch."""
+
+    drawn: Int[Array, "steps B"]  # -1 where logits are not finite
+    of_drawn: TokenLogprobs | None = None  # of [steps B], where wanted
+    of_inputs: TokenLogprobs | None = None  # of [T]: at each token, of the one behind it
+
+
+class Asked(NamedTuple):
+    """What is wanted to know of distributions."""
+
+    wanted: Wanted  # static
+    ids: Int[Array, "B n"]  # tokens that each row asks about
+
+
+def outputs_structure(wanted: Wanted | None) -> Outputs:
+    """`Outputs` with some leaf in place of each array."""
+    told = TokenLogprobs(0, 0, 0, 0)  # type: ignore[arg-type]
+    if wanted is None:
+        return Outputs(0)  # type: ignore[arg-type]
+    return Outputs(0, told, told if wanted.of_inputs else None)  # type: ignore[arg-type]
+
+
 def empty_tables(num_slots: int, context_length: int, page_size: int):
     """`tokens` and `page_table` of a `RequestState` with nothing in it (and the padding slot)."""
     num_pages = -(-context_length // page_size)
@@ -57,17 +88,32 @@ def extend(
     packed_rows: Int[Array, "B fields"],
     *,
     num_tokens: int,
+    asked: Asked | None = None,
     kernels: Kernels = XLA,
-) -> tuple[KVCache, RequestState, Int[Array, "1 B"]]:
-    """One pass over `num_tokens` flat tokens; the token drawn for each row, -1 where its logits are
-    not finite."""
+) -> tuple[KVCache, RequestState, Outputs]:
+    """One pass over `num_tokens` flat tokens, and the token drawn for each row."""
     rows, state = _begin(cache, state, packed_rows)
     page_table, sampling = _of_rows(state, rows)
     batch = _ragged_batch(state.tokens, page_table, sampling, rows, num_tokens)
-    cache, tokens, drawn = _advance(
-        model, cache, state.tokens, sampling, rows.slots, batch, rows.num_draws > 0, kernels
+    hidden, new_cache = model(batch, cache, kernels)
+    assert new_cache is not None, "a model given a cache returns one"
+    assert batch.query_starts is not None, "a ragged batch"
+    of_inputs = None
+    if asked is not None and asked.wanted.of_inputs:
+        row = jnp.minimum(batch.rows, len(rows.slots) - 1)  # of padding nobody reads anything
+        of_inputs = logprobs_by_blocks(
+            hidden,
+            model.logits,
+            state.tokens.at[rows.slots[row], batch.positions + 1].get(mode="clip"),
+            asked.ids[row],
+            asked.wanted.top,
+        )
+    last = hidden[jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
+    tokens, drawn, of_drawn = _draw(
+        model, last, state.tokens, sampling, rows, batch.kv_lens, rows.num_draws > 0, asked, kernels
     )
-    return cache, state._replace(tokens=tokens), drawn[None]
+    of_drawn = jax.tree.map(lambda leaf: leaf[None], of_drawn)
+    return new_cache, state._replace(tokens=tokens), Outputs(drawn[None], of_drawn, of_inputs)
 
 
 def decode(
@@ -77,8 +123,9 @@ def decode(
     packed_rows: Int[Array, "B fields"],
     *,
     num_steps: int,
+    asked: Asked | None = None,
     kernels: Kernels = XLA,
-) -> tuple[KVCache, RequestState, Int[Array, "steps B"]]:
+) -> tuple[KVCache, RequestState, Outputs]:
     """`num_steps` tokens of each row, one after the other, of those rows that want so many.
 
     A row stops early once it has drawn `num_draws`; what stands behind these in the result, and
@@ -88,23 +135,41 @@ def decode(
     page_table, sampling = _of_rows(state, rows)  # the same in every step, so read before the loop
 
     def advance(step, carry):
-        cache, tokens, drawn = carry
+        cache, tokens, told = carry
         # A row that draws nothing is the end of a prompt whose continuation nobody wants.
         is_active = (rows.query_lens > 0) & (step < jnp.maximum(rows.num_draws, 1))
         batch = _decode_batch(tokens, page_table, sampling, rows, is_active, step)
         draws = is_active & (rows.num_draws > 0)
-        cache, tokens, new = _advance(
-            model, cache, tokens, sampling, rows.slots, batch, draws, kernels
+        hidden, new_cache = model(batch, cache, kernels)
+        assert new_cache is not None, "a model given a cache returns one"
+        tokens, *new = _draw(
+            model, hidden, tokens, sampling, rows, batch.kv_lens, draws, asked, kernels
         )
-        return cache, tokens, drawn.at[step].set(new)
+        told = jax.tree.map(lambda all, one: all.at[step].set(one), told, tuple(new))
+        return new_cache, tokens, told
 
-    drawn = jnp.zeros((num_steps, len(packed_rows)), jnp.int32)
-    carry = cache, state.tokens, drawn
+    carry = cache, state.tokens, _nothing_told(num_steps, len(packed_rows), asked)
     if num_steps == 1:
-        cache, tokens, drawn = advance(0, carry)
+        cache, tokens, told = advance(0, carry)
     else:
-        cache, tokens, drawn = lax.fori_loop(0, num_steps, advance, carry)
-    return cache, state._replace(tokens=tokens), drawn
+        cache, tokens, told = lax.fori_loop(0, num_steps, advance, carry)
+    return cache, state._replace(tokens=tokens), Outputs(*told)
+
+
+def _nothing_told(
+    num_steps: int, num_rows: int, asked: Asked | None
+) -> tuple[Int[Array, "steps B"], TokenLogprobs | None]:
+    """What `_draw` tells, in place of each step's."""
+    drawn = jnp.zeros((num_steps, num_rows), jnp.int32)
+    if asked is None:
+        return drawn, None
+    of_drawn = TokenLogprobs(
+        of_token=jnp.zeros(drawn.shape),
+        top=jnp.zeros((*drawn.shape, asked.wanted.top)),
+        top_ids=jnp.zeros((*drawn.shape, asked.wanted.top), jnp.int32),
+        of_ids=jnp.zeros((*drawn.shape, asked.ids.shape[1])),
+    )
+    return drawn, of_drawn
 
 
 def _begin(
@@ -124,38 +189,40 @@ def _of_rows(state: RequestState, rows: RowInputs) -> tuple[Int[Array, "B P"], S
     return state.page_table[rows.slots], sampling
 
 
-def _advance(
+def _draw(
     model: Model,
-    cache: KVCache,
+    hidden: Float[Array, "B D"],
     tokens: Int[Array, "R C"],
     sampling: SamplingState,
-    slots: Int[Array, " B"],
-    batch: Batch,
+    rows: RowInputs,
+    lengths: Int[Array, " B"],
     draws: Bool[Array, " B"],
+    asked: Asked | None,
     kernels: Kernels,
-) -> tuple[KVCache, Int[Array, "R C"], Int[Array, " B"]]:
-    """One pass of the model, one token drawn for each row; appended to the history of those that
-    want it."""
-    hidden, new_cache = model(batch, cache, kernels)
-    if batch.query_starts is not None:
-        hidden = hidden[jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
+) -> tuple[Int[Array, "R C"], Int[Array, " B"], TokenLogprobs | None]:
+    """The histories, one token drawn for each row and appended to those that want it, and what is
+    wanted to know of what it was drawn from."""
     with jax.named_scope("logits"):
         logits = model.logits(hidden)
     with jax.named_scope("sample"):
-        drawn = sample(
-            logits,
+        adjusted = adjust(logits, sampling, tokens, rows.slots, lengths)
+        drawn = draw_adjusted(
+            adjusted,
             sampling,
-            tokens,
-            slots,
-            batch.kv_lens,
+            lengths,
             implementation=kernels.sampling,
             interpret=kernels.interpret,
         )
+    of_drawn = None
+    if asked is not None:
+        if not asked.wanted.is_raw:
+            is_greedy = sampling.temperature == 0
+            logits = adjusted / jnp.where(is_greedy, 1, sampling.temperature)[:, None]
+        of_drawn = logprobs(logits, drawn, asked.ids, asked.wanted.top)
     # A row that does not draw writes nowhere: its next token is known and already in the history.
-    target = jnp.where(draws, batch.kv_lens, tokens.shape[1])
-    tokens = tokens.at[slots, target].set(jnp.maximum(drawn, 0), mode="drop")
-    assert new_cache is not None, "a model given a cache returns one"
-    return new_cache, tokens, drawn
+    target = jnp.where(draws, lengths, tokens.shape[1])
+    tokens = tokens.at[rows.slots, target].set(jnp.maximum(drawn, 0), mode="drop")
+    return tokens, drawn, of_drawn
 
 
 def _decode_batch(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxengine.logprobs import Logprobs
 from jaxengine.prefix_tree import Node
 from jaxengine.sampling_params import SamplingParams
 
@@ -44,6 +45,7 @@ class Request:
     stop_token_ids: frozenset[int]  # resolved: end-of-sequence ids included unless ignored
     seed: int
     priority: int = 0
+    logprobs: Logprobs | None = None  # where some are asked for
     stop_text: Any = None  # `results.StopText`, where there are stop strings
     stream_interval: int | None = None  # None: report the end only
     report: Callable[[], None] = lambda: None  # called by the loop's thread after new progress

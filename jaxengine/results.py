@@ -80,10 +80,16 @@ class Writer:
             sent_at=None if self._was_sent else time.time(),
             text_start=self._num_chars_written if self._options.text_is_delta else 0,
             ids_start=self._num_ids_written if self._options.ids_are_deltas else 0,
+            logprobs=self._logprobs(len(output_ids)),
         )
         self._was_sent = True
         self._num_ids_written, self._num_chars_written = len(output_ids), len(text or "")
         return result
+
+    def _logprobs(self, num_outputs: int) -> dict[str, Any] | None:
+        asked, prompt = self._request.logprobs, self._request.prompt_ids
+        start = self._num_ids_written if self._options.text_is_delta else 0
+        return None if asked is None else outputs.logprob_lists(asked, prompt, num_outputs, start)
 
     def _text(self, progress: Progress, output_ids: list[int]) -> str | None:
         if not self._has_text:

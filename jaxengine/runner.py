@@ -4,6 +4,7 @@
 tokens. It knows slots, pages and sizes, and nothing of queues, text or users.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,14 +15,17 @@ import numpy as np
 from flax import nnx
 
 from jaxengine import programs
-from jaxengine.compiling import Bucket
+from jaxengine.compiling import Bucket, thinned
 from jaxengine.executables import Executables
+from jaxengine.logprobs import Told, Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
-from jaxengine.programs import InstallInputs, RequestState, RowInputs
+from jaxengine.programs import InstallInputs, Outputs, RequestState, RowInputs
 from jaxengine.request import Request
 from jaxengine.sampling import empty_state, pack
 from jaxengine.scheduler import StepPlan
+
+logger = logging.getLogger("jaxengine")
 
 INSTALL = "install"  # key of the one program that is not a step
 INSTALL_ROWS = 8  # requests that it installs at a time
@@ -106,32 +110,38 @@ class StepPrograms:
             num_bias=self._num_bias,
         )
 
-    def lower_step(self, bucket: Bucket, num_pages: int) -> Any:
-        step = partial(self._step, bucket=bucket)
+    def lower_step(self, bucket: Bucket, num_pages: int, wanted: Wanted | None = None) -> Any:
+        step = partial(self._step, bucket=bucket, wanted=wanted)
         kind = f"decode{bucket.num_steps}" if bucket.num_steps else f"extend_{bucket.num_tokens}"
         step.__name__ = f"{kind}x{bucket.num_rows}"  # type: ignore[attr-defined]
         with _exact_float32(self.params):
             return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
-                *self._step_arguments(bucket, num_pages)
+                *self._step_arguments(bucket, num_pages, wanted)
             )
 
-    def trace_step(self, bucket: Bucket, num_pages: int) -> Callable[[], Any]:
+    def trace_step(
+        self, bucket: Bucket, num_pages: int, wanted: Wanted | None = None
+    ) -> Callable[[], Any]:
         """What compiles a step, or loads it."""
         is_extend = self.device.platform == "gpu" and not bucket.num_steps
         options = EXTEND_OPTIONS if is_extend else None
-        arguments = self._step_arguments(bucket, num_pages)
+        arguments = self._step_arguments(bucket, num_pages, wanted)
         _, cache, tokens, page_table, *_ = arguments
+        results = cache, tokens, page_table, programs.outputs_structure(wanted)
         return self._executables.through(
-            ("step", bucket, options, self._identity, arguments),
+            ("step", bucket, wanted, options, self._identity, arguments),
             in_tree=jax.tree.structure((arguments, {})),
-            out_tree=jax.tree.structure((cache, tokens, page_table, 0)),
+            out_tree=jax.tree.structure(results),
             trace=lambda: partial(
-                self.lower_step(bucket, num_pages).compile, compiler_options=options
+                self.lower_step(bucket, num_pages, wanted).compile, compiler_options=options
             ),
         )
 
-    def _step_arguments(self, bucket: Bucket, num_pages: int) -> tuple[Any, ...]:
-        rows = jax.ShapeDtypeStruct((bucket.num_rows, programs.NUM_ROW_FIELDS), np.int32)
+    def _step_arguments(
+        self, bucket: Bucket, num_pages: int, wanted: Wanted | None
+    ) -> tuple[Any, ...]:
+        fields = programs.NUM_ROW_FIELDS + (wanted.ids if wanted else 0)
+        rows = jax.ShapeDtypeStruct((bucket.num_rows, fields), np.int32)
         state, cache = self.state_shapes, self.cache_shapes(num_pages)
         return (
             self.params,
@@ -166,17 +176,19 @@ class StepPrograms:
             trace=lambda: jax.jit(programs.install, donate_argnums=0).lower(*arguments).compile,
         )
 
-    def _step(self, params, cache, tokens, page_table, sampling, rows, *, bucket):
+    def _step(self, params, cache, tokens, page_table, sampling, rows, *, bucket, wanted=None):
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
         state = RequestState(tokens, page_table, sampling)
         if bucket.num_steps:
             run = partial(programs.decode, num_steps=bucket.num_steps)
         else:
             run = partial(programs.extend, num_tokens=bucket.num_tokens)
-        cache, state, drawn = run(model, cache, state, rows, kernels=self._kernels)
+        rows, ids = rows[:, : programs.NUM_ROW_FIELDS], rows[:, programs.NUM_ROW_FIELDS :]
+        asked = None if wanted is None else programs.Asked(wanted, ids)
+        cache, state, told = run(model, cache, state, rows, asked=asked, kernels=self._kernels)
         # Sampling parameters only change when a request is installed: they are read here, not
         # donated.
-        return cache, state.tokens, state.page_table, drawn
+        return cache, state.tokens, state.page_table, told
 
     def _placed(self, shapes: Any) -> Any:
         sharding = jax.sharding.SingleDeviceSharding(self.device)
@@ -206,27 +218,40 @@ class Runner:
         self._steps: dict[Bucket, Any] = {
             key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
         }
+        self._programs, self._num_pages = steps, num_pages
+        self._telling: dict[tuple[Bucket, Wanted], Any] = {}  # steps that tell of distributions
+        self._telling_sizes = thinned(self._steps)
         self._empty_install = steps.empty_install()
         self._pack_sampling = steps.pack_sampling
         self._cache, self._state = steps.make_buffers(num_pages)
         self._num_slots = self._state.tokens.shape[0] - 1
         self._warm_up()
 
-    def submit(self, plan: StepPlan) -> jax.Array:
-        """Starts a step; its drawn tokens are on their way to the host when `collect` asks for
-        them."""
+    def submit(self, plan: StepPlan) -> Outputs:
+        """Starts a step; what it tells is on its way to the host when `collect` asks for it."""
         self._admit(plan.admitted)
-        bucket = self._bucket(plan)
-        packed = self._padding_rows(bucket.num_rows)
-        packed[: len(plan.rows)] = [row[1:] for row in plan.rows]  # all but the request
-        drawn = self._run(bucket, packed)
-        drawn.copy_to_host_async()
-        return drawn
+        bucket, wanted = self._bucket(plan), plan.wanted
+        packed = self._padding_rows(bucket.num_rows, 0 if wanted is None else wanted.ids)
+        fields = [row[1:] for row in plan.rows]  # all but the request
+        packed[: len(plan.rows), : programs.NUM_ROW_FIELDS] = fields
+        if wanted is not None:
+            for index, row in enumerate(plan.rows):
+                ids = row.request.logprobs.ids if row.request.logprobs else ()
+                packed[index, programs.NUM_ROW_FIELDS :][: len(ids)] = ids
+        told = self._run(bucket, packed, wanted)
+        for leaf in jax.tree.leaves(told):
+            leaf.copy_to_host_async()
+        return told
 
-    def collect(self, drawn: jax.Array) -> list[list[int]]:
+    def collect(self, told: Outputs) -> list[list[int]]:
         """The tokens of a submitted plan, for each bucket row one of each step; -1 for logits that
         are not finite."""
-        return np.asarray(drawn).T.tolist()
+        return np.asarray(told.drawn).T.tolist()
+
+    def collect_logprobs(self, told: Outputs) -> tuple[Told | None, Told | None]:
+        """What it tells of the tokens drawn, `[steps, rows]`, and of those behind tokens read."""
+        of_drawn, of_inputs = jax.tree.map(np.asarray, (told.of_drawn, told.of_inputs))
+        return of_drawn and Told(*of_drawn), of_inputs and Told(*of_inputs)
 
     def close(self) -> None:
         """Gives the device memory back. Nothing of the device is left to be freed later, perhaps
@@ -235,25 +260,35 @@ class Runner:
             if not leaf.is_deleted():
                 leaf.delete()
         self._params = self._cache = ()
-        del self._state, self._install, self._steps
+        del self._state, self._install, self._steps, self._telling
 
     def _bucket(self, plan: StepPlan) -> Bucket:
         """The smallest that holds the plan: a decoding one if there is one so large."""
         fitting = [
             bucket
-            for bucket in self._steps
+            for bucket in (self._steps if plan.wanted is None else self._telling_sizes)
             if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
         ]
-        wanted = (bucket for bucket in fitting if bucket.num_steps == plan.num_steps)
-        return next(wanted, None) or next(bucket for bucket in fitting if not bucket.num_steps)
+        decoding = (bucket for bucket in fitting if bucket.num_steps == plan.num_steps)
+        return next(decoding, None) or next(bucket for bucket in fitting if not bucket.num_steps)
 
-    def _run(self, bucket: Bucket, packed: np.ndarray) -> jax.Array:
-        state = self._state
-        self._cache, tokens, page_table, drawn = self._steps[bucket](
+    def _run(self, bucket: Bucket, packed: np.ndarray, wanted: Wanted | None = None) -> Outputs:
+        state, step = self._state, self._steps[bucket]
+        if wanted is not None:
+            step = self._telling_step(bucket, wanted)
+        self._cache, tokens, page_table, told = step(
             self._params, self._cache, state.tokens, state.page_table, state.sampling, packed
         )
         self._state = RequestState(tokens, page_table, state.sampling)
-        return drawn
+        return told
+
+    def _telling_step(self, bucket: Bucket, wanted: Wanted) -> Any:
+        """Compiled when it is first needed: most engines are never asked."""
+        key = bucket, wanted
+        if key not in self._telling:
+            logger.info("compiling %s for log-probabilities; later starts will load it", bucket)
+            self._telling[key] = self._programs.trace_step(bucket, self._num_pages, wanted)()
+        return self._telling[key]
 
     def _admit(self, requests: Sequence[Request]) -> None:
         """Installs requests, several at a time; a long history in as many calls as it takes."""
@@ -282,8 +317,8 @@ class Runner:
             end += len(tokens)
         self._state = self._install(self._state, new)
 
-    def _padding_rows(self, num_rows: int) -> np.ndarray:
-        packed = np.zeros((num_rows, programs.NUM_ROW_FIELDS), np.int32)
+    def _padding_rows(self, num_rows: int, num_ids: int = 0) -> np.ndarray:
+        packed = np.zeros((num_rows, programs.NUM_ROW_FIELDS + num_ids), np.int32)
         packed[:, RowInputs._fields.index("slots")] = self._num_slots
         return packed
 
@@ -291,4 +326,4 @@ class Runner:
         """Runs every step once on padding alone: libraries and graphs are set up before the first
         request."""
         for bucket in self._steps:
-            self._run(bucket, self._padding_rows(bucket.num_rows)).block_until_ready()
+            jax.block_until_ready(self._run(bucket, self._padding_rows(bucket.num_rows)))

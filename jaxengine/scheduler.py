@@ -13,6 +13,7 @@ by rows of the very step that writes them: a layer writes the K and V of all row
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxengine.logprobs import Wanted, merged
 from jaxengine.pages import PagePool
 from jaxengine.prefix_tree import Node, PrefixTree
 from jaxengine.request import Request, Status
@@ -44,6 +45,7 @@ class StepPlan(NamedTuple):
     admitted: tuple[Request, ...]  # to be installed on the device before the step
     num_tokens: int
     num_steps: int  # of decoding, one token a row each; 0 if some row reads several at once
+    wanted: Wanted | None = None  # to know of distributions
 
 
 class Scheduler:
@@ -145,7 +147,7 @@ class Scheduler:
         self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY**num_steps)
         num_tokens = sum(row.query_len for row in rows)
         num_steps = num_steps if num_tokens == len(rows) else 0
-        return StepPlan(tuple(rows), tuple(admitted), num_tokens, num_steps)
+        return StepPlan(tuple(rows), tuple(admitted), num_tokens, num_steps, _wanted(rows))
 
     def _num_steps(self, decoding: Sequence[Request]) -> int:
         """Steps to decode in one launch: several if all there is to do is decoding, nobody waits
@@ -249,7 +251,10 @@ class Scheduler:
         if not self.shares_prefixes:
             return []
         tokens = request.token_ids
-        return self.tree.match(tokens, len(tokens) - 1)  # one token is left to draw from
+        limit = len(tokens) - 1  # one token is left to draw from
+        if request.logprobs is not None:
+            limit = min(limit, request.logprobs.num_reusable(len(request.prompt_ids), limit))
+        return self.tree.match(tokens, limit)
 
     def _num_shared(self, request: Request) -> int:
         return len(self._match(request))
@@ -339,3 +344,13 @@ class Scheduler:
             has_enough = len(request.pages) >= self._num_pages(request.num_computed)
             if request.pages[: len(shared)] != shared or not has_enough:
                 raise RuntimeError(f"pages of request {request.rid} corrupt: {request.pages}")
+
+
+def _wanted(rows: Sequence[Row]) -> Wanted | None:
+    """What the launch has to tell of distributions, all rows together."""
+    return merged(
+        (asked, asked.tells_inputs(row.start, row.start + row.query_len, len(prompt)))
+        for row in rows
+        for asked, prompt in [(row.request.logprobs, row.request.prompt_ids)]
+        if asked is not None
+    )

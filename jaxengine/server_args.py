@@ -125,6 +125,12 @@ class _Fields:
     incremental_streaming_output: bool = argument(
         False, "chunks carry only their own text and output_ids"
     )
+    logprobs_mode: str = argument(
+        "processed_logprobs",
+        "of output tokens: after penalties, biases and temperature, or before",
+        choices=("processed_logprobs", "raw_logprobs"),
+        otherwise="prompts always have raw ones",
+    )
     random_seed: int | None = argument(
         None, "seed of requests without one; default: a random one", low=0
     )

@@ -105,6 +105,9 @@ class FakeRunner:
     def collect(self, submitted: list[list[int]]) -> list[list[int]]:
         return submitted
 
+    def collect_logprobs(self, submitted: list[list[int]]) -> tuple[None, None]:
+        return None, None
+
     def close(self) -> None:
         self.is_closed = True
 

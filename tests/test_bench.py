@@ -76,6 +76,7 @@ def mistake(*words: str) -> str:
         ("prefill-32", 32, 1024, 1),
         ("prefill-128", 128, 1024, 1),
         ("prefill-4k", 32, 4096, 1),
+        ("score", 64, 1024, 1),
     ],
 )
 def test_uniform_workloads_are_the_published_ones(
@@ -134,7 +135,7 @@ def test_the_default_lists_every_workload_and_the_help_explains_each() -> None:
         assert f"\n  {name} " in workloads.HELP
 
 
-@pytest.mark.parametrize("name", ["score", "step-0", "step-", "step-x", "Nano", "prefill-4K"])
+@pytest.mark.parametrize("name", ["scores", "step-0", "step-", "step-x", "Nano", "prefill-4K"])
 def test_unknown_workloads_are_refused_with_the_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"no workload '{name}'; the names are single, step-B"):
         workloads.find(f"single,{name}")
@@ -264,6 +265,9 @@ class FakeRunner:
     def collect(self, step: FakeStep) -> list[list[int]]:
         self.clock.now = max(self.clock.now, step.end)
         return [[1]]
+
+    def collect_logprobs(self, step: FakeStep) -> tuple[None, None]:
+        return None, None
 
     def close(self) -> None:
         self.closed = True

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine.compiling import CompileCounter, compile_all
+from jaxengine.compiling import Bucket, CompileCounter, compile_all, thinned
 
 
 def lowering(size: int):
@@ -30,6 +30,16 @@ def test_a_failure_is_raised() -> None:
 
     with pytest.raises(ValueError, match="cannot be lowered"):
         compile_all({1: lambda: lowering(1).compile, 2: fail}, num_threads=2, shows_progress=False)
+
+
+def test_few_sizes_are_left_for_what_is_rarely_asked():
+    decode = [Bucket(n, n, 8) for n in (1, 2, 8, 16, 32, 64, 128, 192, 256)]
+    extend = [Bucket(n, 256) for n in (256, 1024, 2048, 4096, 8192)]
+    left = thinned(sorted(decode + extend))
+    assert left == sorted(left)
+    assert [size.num_rows for size in left if size.num_steps] == [1, 2, 16, 64, 256]
+    assert [size.num_tokens for size in left if not size.num_steps] == [256, 2048, 8192]
+    assert thinned([Bucket(4, 4, 1)]) == [Bucket(4, 4, 1)]
 
 
 def test_the_counter_sees_its_own_thread_alone() -> None:

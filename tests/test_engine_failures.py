@@ -79,8 +79,8 @@ def test_numbers_that_fail_later_keep_the_tokens_before(make_engine):
 
     def failing(submitted: Any) -> list[list[int]]:
         nonlocal count
-        plan, drawn = submitted
-        tokens = collect(drawn)
+        plan, told = submitted
+        tokens = collect(told)
         for index, row in enumerate(plan.rows):
             if row.request.rid == "bad":
                 count += 1

@@ -201,10 +201,6 @@ def test_what_is_unavailable_is_refused_and_its_defaults_are_not(name):
             refuse_unavailable({name: value})
 
 
-def test_the_default_start_of_log_probabilities_may_be_written_out():
-    refuse_unavailable({"return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0})
-
-
 @pytest.mark.parametrize(
     ("name", "way_out"),
     [

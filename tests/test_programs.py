@@ -14,6 +14,7 @@ from tiny import tiny_config
 
 from jaxengine import models, programs
 from jaxengine.compiling import Bucket
+from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
@@ -74,13 +75,11 @@ ALL_KERNELS = {
 }
 
 
-def lowered_for_cuda(steps: StepPrograms, bucket: Bucket) -> str:
-    state = steps.state_shapes
-    rows = jax.ShapeDtypeStruct((bucket.num_rows, programs.NUM_ROW_FIELDS), np.int32)
-    cache = steps.cache_shapes(9)
-    shapes = (steps.params, cache, state.tokens, state.page_table, state.sampling, rows)
+def lowered_for_cuda(steps: StepPrograms, bucket: Bucket, wanted: Wanted | None = None) -> str:
+    shapes = steps._step_arguments(bucket, 9, wanted)
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
-    return lower_for_cuda(partial(steps._step, bucket=bucket), *bare, donate=(1, 2, 3)).as_text()
+    step = partial(steps._step, bucket=bucket, wanted=wanted)
+    return lower_for_cuda(step, *bare, donate=(1, 2, 3)).as_text()
 
 
 @pytest.mark.parametrize("kernels", ALL_KERNELS.values(), ids=ALL_KERNELS)
@@ -91,6 +90,16 @@ def test_steps_of_real_models_lower_for_cuda(shape: str, kernels: Kernels) -> No
     for bucket in (Bucket(1, 1, 8), Bucket(4, 4, 1), Bucket(256, 4)):
         text = lowered_for_cuda(steps, bucket)
         assert text.count("func.func private @_run") == 1, "layers of one kind are lowered once"
+
+
+def test_steps_that_tell_of_distributions_lower_for_cuda() -> None:
+    config = ModelConfig.from_dict(SHAPES["qwen3-0.6b"] | {"num_hidden_layers": 2})
+    kernels = ALL_KERNELS["mosaic"]
+    steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
+    for bucket in (Bucket(1, 1, 8), Bucket(4, 4, 1), Bucket(1024, 4)):
+        text = lowered_for_cuda(steps, bucket, Wanted(8, 8, not bucket.num_steps, False))
+        assert text.count("tf.aliasing_output") == config.num_layers + 2
+        assert "1024x151936xf32" not in text, "logits come by blocks"
 
 
 @pytest.mark.parametrize("kernels", ALL_KERNELS.values(), ids=ALL_KERNELS)
@@ -131,13 +140,13 @@ def test_a_step_reads_and_writes_the_history_of_its_slots() -> None:
         np.int32,
     )
     model = Echo()
-    _, after, drawn = programs.extend(model, cache, state, jnp.asarray(rows), num_tokens=10)
+    _, after, told = programs.extend(model, cache, state, jnp.asarray(rows), num_tokens=10)
     np.testing.assert_array_equal(model.batch.tokens[:7], [36, 37, 38, 39, 11, 12, 13])
     np.testing.assert_array_equal(model.batch.positions[:7], [16, 17, 18, 19, 1, 2, 3])
     np.testing.assert_array_equal(model.batch.rows, [0, 0, 0, 0, 1, 1, 1, 3, 3, 3])
     np.testing.assert_array_equal(model.batch.kv_lens, [20, 4, 0])
     np.testing.assert_array_equal(after.page_table[2], [7, 8, 0])
-    np.testing.assert_array_equal(drawn[0, :2], [40, 14])
+    np.testing.assert_array_equal(told.drawn[0, :2], [40, 14])
     assert after.tokens[2, 20] == 40, "a row that samples writes its token behind the last"
     np.testing.assert_array_equal(after.tokens[0], tokens[0], "the next token was known already")
     np.testing.assert_array_equal(after.tokens[4], tokens[4])
@@ -159,9 +168,9 @@ def test_a_decode_program_goes_on_from_what_it_drew() -> None:
         np.int32,
     )
     model = Echo()
-    _, after, drawn = programs.decode(model, cache, state, jnp.asarray(rows), num_steps=3)
-    np.testing.assert_array_equal(drawn[:, 0], [25, 26, 27])
-    assert drawn[0, 1] == 40
+    _, after, told = programs.decode(model, cache, state, jnp.asarray(rows), num_steps=3)
+    np.testing.assert_array_equal(told.drawn[:, 0], [25, 26, 27])
+    assert told.drawn[0, 1] == 40
     np.testing.assert_array_equal(after.tokens[0, :19], [*range(10, 28), 0])
     np.testing.assert_array_equal(after.tokens[2, 19:22], [39, 40, 0])
     np.testing.assert_array_equal(after.tokens[3:], tokens[3:])

@@ -105,7 +105,7 @@ def floor(model: Costs, workload: Workload, ceilings: Ceilings, max_running: int
     """Of one call; of one step for `step` workloads. `max_running` rows decode at a time."""
     prompts, outputs = np.array(workload.prompt_lens), np.array(workload.output_lens)
     if workload.kind == "prefill":
-        work = prefill(model, prompts)
+        work = prefill(model, prompts, with_logits_of_all=workload.is_scored)
         return Floor(work.seconds(ceilings), work)
     if workload.kind == "job":
         return _job(model, prompts, outputs, ceilings, max_running)
@@ -125,9 +125,11 @@ def decode(model: Costs, contexts: np.ndarray) -> Work:
     )
 
 
-def prefill(model: Costs, lengths: np.ndarray) -> Work:
-    """Whole prompts and the logits of their last tokens; the matrices are read once."""
-    matrices = 2 * (model.body_params * float(lengths.sum()) + model.head_params * len(lengths))
+def prefill(model: Costs, lengths: np.ndarray, with_logits_of_all: bool = False) -> Work:
+    """Whole prompts and the logits of their last tokens, or of all; the matrices are read once."""
+    num_tokens = float(lengths.sum())
+    num_logits = num_tokens if with_logits_of_all else len(lengths)
+    matrices = 2 * (model.body_params * num_tokens + model.head_params * num_logits)
     return Work(model.weight_bytes, matrices + model.pairs(lengths) * model.pair_flops)
 
 

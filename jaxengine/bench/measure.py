@@ -78,13 +78,15 @@ def timed_call(
     prompts: list[list[int]],
     output_lens: Sequence[int],
     sampling: Mapping[str, Any],
+    is_scored: bool = False,
 ) -> float:
     """Wall time of generating `output_lens` tokens, with no prefix cached from before."""
     params = [{"ignore_eos": True, "max_new_tokens": length, **sampling} for length in output_lens]
     if not engine.flush_cache().success:
         raise RuntimeError("the engine has unfinished requests; nothing else may use it meanwhile")
     started = time.perf_counter()
-    results = engine.generate(input_ids=prompts, sampling_params=params)
+    asked: dict[str, Any] = dict(return_logprob=True, logprob_start_len=0) if is_scored else {}
+    results = engine.generate(input_ids=prompts, sampling_params=params, **asked)
     seconds = time.perf_counter() - started
     for result, length in zip(results, output_lens, strict=True):
         if len(result["output_ids"]) != length:
@@ -103,7 +105,8 @@ def random_prompts(
 
 
 def _seconds(engine: Engine, workload: Workload, prompts: list[list[int]]) -> float:
-    every = timed_call(engine, prompts, workload.output_lens, workload.sampling)
+    given = workload.output_lens, workload.sampling, workload.is_scored
+    every = timed_call(engine, prompts, *given)
     if workload.kind == "prefill":
         return every
     one = timed_call(engine, prompts, [1] * len(prompts), workload.sampling)
@@ -114,4 +117,7 @@ def _seconds(engine: Engine, workload: Workload, prompts: list[list[int]]) -> fl
 def _warm_up(engine: Engine, workload: Workload, rng: np.random.Generator, vocab_size: int) -> None:
     lengths = [min(length, WARM_UP_PROMPT) for length in workload.prompt_lens[:WARM_UP_ROWS]]
     outputs = [min(length, WARM_UP_TOKENS) for length in workload.output_lens[:WARM_UP_ROWS]]
-    timed_call(engine, random_prompts(rng, lengths, vocab_size), outputs, workload.sampling)
+    if workload.is_scored:  # its own program, which may have to be compiled
+        lengths, outputs = workload.prompt_lens, workload.output_lens
+    prompts = random_prompts(rng, lengths, vocab_size)
+    timed_call(engine, prompts, outputs, workload.sampling, workload.is_scored)

@@ -17,9 +17,10 @@ GREEDY: Mapping[str, Any] = {"temperature": 0.0}
 SINGLE_PROMPT, SINGLE_STEPS = 128, 256
 STEP_PROMPT, STEP_STEPS = 1024, 128
 
-DEFAULT = (
-    "single step-32 step-128 prefill-32 prefill-128 prefill-4k nano offline offline-p start".split()
-)
+DEFAULT = [
+    *("single", "step-32", "step-128", "prefill-32", "prefill-128", "prefill-4k", "score"),
+    *("nano", "offline", "offline-p", "start"),
+]
 
 HELP = """\
 workloads:
@@ -27,6 +28,7 @@ workloads:
   step-B       B prompts of 1024; (time for 129 tokens - time for 1) / 128, greedy: ms per step
   prefill-B    B prompts of 1024, 1 token out: prompt tokens a second
   prefill-4k   32 prompts of 4096, 1 token out: prompt tokens a second
+  score        64 prompts of 1024 and the log-probability of each of their tokens, 1 token out
   nano         256 prompts of 100-1024 tokens, 100-1024 out, temperature 0.6: output tokens a second
   offline      1024 prompts of 32-1024 tokens, 32-512 out, temperature 1: output tokens a second
   offline-p    the same sizes, temperature 0.8, top_p 0.95
@@ -44,6 +46,7 @@ class Workload:
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
     sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
+    is_scored: bool = False  # with the log-probabilities of all tokens of prompts
 
     @property
     def higher_is_better(self) -> bool:
@@ -100,7 +103,8 @@ def _find(name: str, scale: float) -> Workload:
     if match is None:
         raise ValueError(
             f"--workloads: there is no workload {name!r}; the names are single, step-B and "
-            "prefill-B for a number B of prompts, prefill-4k, nano, offline, offline-p, start"
+            "prefill-B for a number B of prompts, prefill-4k, score, nano, offline, offline-p and "
+            "start"
         )
     B = int(match[2])
     return _steps(name, scale, B) if match[1] == "step" else _prefill(name, scale, B, STEP_PROMPT)
@@ -127,7 +131,7 @@ def _steps(name: str, scale: float, B: int) -> Workload:
     )
 
 
-def _prefill(name: str, scale: float, B: int, length: int) -> Workload:
+def _prefill(name: str, scale: float, B: int, length: int, is_scored: bool = False) -> Workload:
     rows = _scaled([B], scale)[0]
     return Workload(
         name=name,
@@ -135,6 +139,7 @@ def _prefill(name: str, scale: float, B: int, length: int) -> Workload:
         unit="prompt tok/s",
         prompt_lens=_scaled([length], scale) * rows,
         output_lens=(1,) * rows,
+        is_scored=is_scored,
     )
 
 
@@ -168,6 +173,7 @@ def _scaled(numbers: Sequence[int], scale: float) -> tuple[int, ...]:
 NAMED: dict[str, Callable[[str, float], Workload]] = {
     "single": _single,
     "prefill-4k": lambda name, scale: _prefill(name, scale, 32, 4096),
+    "score": lambda name, scale: _prefill(name, scale, 64, STEP_PROMPT, is_scored=True),
     "nano": _job(0, 256, (100, 1024), (100, 1024), temperature=0.6),
     "offline": _job(1, 1024, (32, 1024), (32, 512), temperature=1.0),
     "offline-p": _job(1, 1024, (32, 1024), (32, 512), temperature=0.8, top_p=0.95),

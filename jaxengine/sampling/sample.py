@@ -31,6 +31,20 @@ def sample(
     tokens up to rounding; `interpret` runs the latter on a CPU.
     """
     logits = adjust(logits, params, history, slots, lengths)
+    return draw_adjusted(
+        logits, params, lengths, implementation=implementation, interpret=interpret
+    )
+
+
+def draw_adjusted(
+    logits: Float32[Array, "B V"],
+    params: SamplingState,
+    lengths: Int[Array, " B"],
+    *,
+    implementation: str = "xla",
+    interpret: bool = False,
+) -> Int32[Array, " B"]:
+    """What `sample` does behind `adjust`."""
     if implementation == "xla":
         return sample_rows(logits, params, lengths)
     # Imported when it is needed: Pallas takes time, and many a run needs none of it.
