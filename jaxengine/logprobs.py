@@ -5,7 +5,7 @@ Terms: the entry of a token is about the distribution that it was chosen from, g
 The first token of a prompt that has an entry has no number in it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,21 +20,44 @@ class Wanted(NamedTuple):
 
 
 class Told(NamedTuple):
-    """The numbers of one position: arrays, or what indexes like them."""
+    """The numbers of some positions, as arrays of NumPy."""
 
-    of_token: Any
-    top: Any  # [k], descending
-    top_ids: Any  # [k]
-    of_ids: Any  # [n]
+    of_token: Any  # [positions]
+    top: Any  # [positions, k], descending
+    top_ids: Any  # [positions, k]
+    of_ids: Any  # [positions, n]
 
 
-class TokenLogprobs(NamedTuple):
-    """One entry. Lists are empty where nothing of the kind was asked for."""
+@dataclass
+class Entries:
+    """Of some tokens, in order: a list for each kind of number. `top` and `of_ids` are empty where
+    nothing of the kind was asked for."""
 
-    token: int
-    logprob: float
-    top: list[tuple[float, int]]
-    of_ids: list[float]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[float, int]]] = field(default_factory=list)
+    of_ids: list[list[float]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def extend(self, tokens: Sequence[int], told: Told, num_top: int, num_ids: int) -> None:
+        """All at once: of a long prompt every token has an entry."""
+        self.logprobs += told.of_token.tolist()
+        if num_top:
+            both = told.top[:, :num_top].tolist(), told.top_ids[:, :num_top].tolist()
+            self.top += [list(zip(*each, strict=True)) for each in zip(*both, strict=True)]
+        if num_ids:
+            self.of_ids += told.of_ids[:, :num_ids].tolist()
+        self.tokens += tokens  # last: who reads from another thread counts these
+
+    def part(self, start: int, end: int) -> "Entries":
+        return Entries(
+            self.tokens[start:end],
+            self.logprobs[start:end],
+            self.top[start:end],
+            self.of_ids[start:end],
+        )
 
 
 @dataclass(kw_only=True)
@@ -45,9 +68,9 @@ class Logprobs:
     num_top: int = 0
     ids: tuple[int, ...] = ()
     is_raw: bool = False
-    inputs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens behind `start`
-    outputs: list[TokenLogprobs] = field(default_factory=list)
-    next_token: TokenLogprobs | None = None  # where none is to be generated, what might have come
+    inputs: Entries = field(default_factory=Entries)  # of the tokens behind `start`
+    outputs: Entries = field(default_factory=Entries)
+    next_token: Entries | None = None  # where none is to be generated, what might have come
 
     def num_reusable(self, num_prompt_tokens: int, num_tokens: int) -> int:
         """Of so many tokens, those at the front whose hidden states tell nothing (any more)."""
@@ -58,28 +81,22 @@ class Logprobs:
         """Whether the hidden states of positions from `start` to `end` tell of an input token."""
         return max(start, self.start) < min(end, num_prompt_tokens - 1)
 
-    def add_inputs(self, start: int, tokens: list[int], told: Told) -> None:
-        """Books what positions from `start` on tell of the `tokens` behind them, each known or
-        not."""
-        for offset, token in enumerate(tokens):
-            if start + offset == self.start + len(self.inputs):
-                self.inputs.append(self._entry(token, told, offset))
+    def add_inputs(self, start: int, tokens: Sequence[int], told: Told) -> None:
+        """Books what positions from `start` on tell of the `tokens` behind them, as far as it is
+        asked for and not known."""
+        known = self.start + len(self.inputs) - start
+        self._extend(self.inputs, tokens[known:], Told(*(a[known : len(tokens)] for a in told)))
 
-    def add_output(self, token: int, told: Told) -> None:
-        self.outputs.append(self._entry(token, told, ()))
+    def add_outputs(self, tokens: Sequence[int], told: Told) -> None:
+        self._extend(self.outputs, tokens, Told(*(array[: len(tokens)] for array in told)))
 
-    def add_next(self, told: Told) -> None:
-        """Books the distribution behind a prompt that is not continued."""
-        self.next_token = self._entry(-1, told, ())
+    def add_next(self, token: int, told: Told) -> None:
+        """Books what would come behind a prompt that is not continued."""
+        self.next_token = Entries()
+        self._extend(self.next_token, [token], Told(*(array[:1] for array in told)))
 
-    def _entry(self, token: int, told: Told, at: Any) -> TokenLogprobs:
-        top = zip(told.top[at][: self.num_top], told.top_ids[at][: self.num_top], strict=True)
-        return TokenLogprobs(
-            token=token,
-            logprob=float(told.of_token[at]),
-            top=[(float(logprob), int(each)) for logprob, each in top],
-            of_ids=told.of_ids[at][: len(self.ids)].tolist(),
-        )
+    def _extend(self, entries: Entries, tokens: Sequence[int], told: Told) -> None:
+        entries.extend(tokens, told, self.num_top, len(self.ids))
 
 
 def merged(all_asked: Iterable[tuple[Logprobs, bool]]) -> Wanted | None:

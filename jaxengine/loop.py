@@ -165,7 +165,7 @@ class Loop:
         first = 0  # the row's first token among those that were read
         for index, (row, tokens) in enumerate(zip(plan.rows, drawn, strict=False)):  # then padding
             if told is not None and row.request.status is not Status.FINISHED:
-                book_logprobs(row, index, first, tokens[: row.num_draws], *told)
+                book_logprobs(row, index, first, tokens, *told)
             self._deliver_row(row, tokens[: row.num_draws])
             first += row.query_len
         self._count_steps(max(plan.num_steps, 1))
@@ -281,20 +281,20 @@ def book_logprobs(
     of_inputs: Told | None,
 ) -> None:
     """Books what a launch told of a row, whose own tokens begin at `first` among all it read.
-    Entries of tokens that turn out to stand behind the end are never shown."""
+    `tokens` has one of each step, also of those that the row did not draw. Entries of tokens that
+    turn out to stand behind the end are never shown."""
     request, start, end = row.request, row.start, row.start + row.query_len
     books, prompt = request.logprobs, request.prompt_ids
-    if books is None:
+    if books is None or of_drawn is None:
         return
     if of_inputs is not None and books.tells_inputs(start, end, len(prompt)):
         own = Told(*(array[first : first + row.query_len] for array in of_inputs))
         books.add_inputs(start, prompt[start + 1 : end + 1], own)
-    if of_drawn is None:
-        return
-    for step, token in enumerate(tokens):
-        books.add_output(token, Told(*(array[step, index] for array in of_drawn)))
-    if not request.max_new_tokens and end == len(prompt):
-        books.add_next(Told(*(array[0, index] for array in of_drawn)))
+    own = Told(*(array[:, index] for array in of_drawn))
+    if row.num_draws:
+        books.add_outputs(tokens[: row.num_draws], own)
+    elif not request.max_new_tokens and end == len(prompt):
+        books.add_next(tokens[0], own)
 
 
 def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:

@@ -7,9 +7,10 @@ know neither requests nor the tokenizer.
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
-from jaxengine.logprobs import Logprobs, TokenLogprobs
+from jaxengine.logprobs import Entries, Logprobs
 
 FinishReason = dict[str, Any]
 
@@ -103,37 +104,38 @@ def logprob_lists(
     """The lists of log-probabilities in `meta_info`, by SGLang's names.
 
     Entries are `(logprob, token id, None)`; the first of a prompt's has no logprob, and in the
-    other lists None stands in its place. Of a prompt that is not continued, the lists of
-    alternatives have one entry for what might have come. `outputs_start` as in `result`.
+    other lists None stands in its place. Of a prompt that is not continued, those of outputs have
+    one entry, for the token that would come. `outputs_start` as in `result`.
     """
-    outputs = asked.outputs[outputs_start:num_outputs]
-    first = (None, prompt_ids[asked.start], None)
+    inputs = asked.inputs
+    outputs = asked.next_token or asked.outputs.part(outputs_start, num_outputs)
     lists: dict[str, list[Any]] = {
-        "input_token_logprobs": [first, *map(_entry, asked.inputs)],
-        "output_token_logprobs": list(map(_entry, outputs)),
+        "input_token_logprobs": [(None, prompt_ids[asked.start], None), *_of_tokens(inputs)],
+        "output_token_logprobs": _of_tokens(outputs),
     }
-    nexts = [asked.next_token] if asked.next_token is not None else outputs
     if asked.num_top:
-        lists["input_top_logprobs"] = [None, *map(_top, asked.inputs)]
-        lists["output_top_logprobs"] = list(map(_top, nexts))
+        lists["input_top_logprobs"] = [None, *_of_top(inputs)]
+        lists["output_top_logprobs"] = _of_top(outputs)
     if asked.ids:
-        of_ids = lambda entry: [
-            (_finite(logprob), token, None)
-            for logprob, token in zip(entry.of_ids, asked.ids, strict=True)
-        ]
-        lists["input_token_ids_logprobs"] = [None, *map(of_ids, asked.inputs)]
-        lists["output_token_ids_logprobs"] = list(map(of_ids, nexts))
+        lists["input_token_ids_logprobs"] = [None, *_of_ids(inputs, asked.ids)]
+        lists["output_token_ids_logprobs"] = _of_ids(outputs, asked.ids)
     return lists
 
 
-def _entry(entry: TokenLogprobs) -> tuple[float, int, None]:
-    return _finite(entry.logprob), entry.token, None
+def _of_tokens(entries: Entries) -> list[Any]:
+    return list(zip(_finite(entries.logprobs), entries.tokens, repeat(None)))
 
 
-def _top(entry: TokenLogprobs) -> list[tuple[float, int, None]]:
-    return [(_finite(logprob), token, None) for logprob, token in entry.top]
+def _of_top(entries: Entries) -> list[Any]:
+    return [[(_finite([logprob])[0], token, None) for logprob, token in top] for top in entries.top]
 
 
-def _finite(logprob: float) -> float:
+def _of_ids(entries: Entries, ids: Sequence[int]) -> list[Any]:
+    return [list(zip(_finite(each), ids, repeat(None))) for each in entries.of_ids]
+
+
+def _finite(logprobs: list[float]) -> list[float]:
     """JSON knows no infinity."""
-    return logprob if math.isfinite(logprob) else -sys.float_info.max
+    if all(map(math.isfinite, logprobs)):
+        return logprobs
+    return [each if math.isfinite(each) else -sys.float_info.max for each in logprobs]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny import save_checkpoint, tiny_config
 
+from jaxengine.report import write_report
 from jaxengine.sampling import logprobs_by_blocks
 from jaxengine.sampling import probabilities as library
 from jaxengine.sampling.probabilities import block_size, largest
@@ -210,6 +211,21 @@ def test_entries_begin_where_they_are_wanted(make_engine):
         assert entries[0] == (None, prompt[begin], None) and len(entries) == 10 - begin
         np.testing.assert_allclose(numbers(entries[1:]), numbers(whole[begin + 1 :]), atol=1e-5)
         assert "input_top_logprobs" not in info and "output_token_ids_logprobs" not in info
+
+
+def test_a_prompt_that_is_not_continued_tells_what_would_come(make_engine, tmp_path):
+    engine, prompts = make_engine(), prompts_of([5, 37])
+    greedy = engine.generate(input_ids=prompts, sampling_params=GREEDY)
+    results = engine.generate(
+        input_ids=prompts, sampling_params=GREEDY | {"max_new_tokens": 0}, **ALL
+    )
+    for expected, result in zip(greedy, results, strict=True):
+        info = result["meta_info"]
+        assert result["output_ids"] == [] and info["completion_tokens"] == 0
+        [(logprob, token, _)], [top] = info["output_token_logprobs"], info["output_top_logprobs"]
+        assert token == expected["output_ids"][0] == top[0][1] and logprob == top[0][0]
+    page = write_report(tmp_path / "scores.html", results).read_text()
+    assert page.count('id="result-') == 2
 
 
 def test_each_prompt_of_a_call_may_ask_for_its_own(make_engine):

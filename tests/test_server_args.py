@@ -13,7 +13,8 @@ from jaxengine.server_args import ALIASES, ServerArgs
 from jaxengine.sglang_arguments import GROUPS, TABLE, Ignored, Refused
 
 FIELDS = {field.name: field for field in dataclasses.fields(ServerArgs)}
-OURS = {"show_progress", "incremental_streaming_output"}  # the latter has a later SGLang
+OURS = {"show_progress", "logprobs_mode"}  # and a name of a later SGLang
+OURS |= {"incremental_streaming_output"}
 SGLANG = set(Path(__file__).with_name("sglang_argument_names.txt").read_text().split())
 
 
