@@ -142,7 +142,9 @@ def rank(chosen: Entry, alternatives: Sequence[Entry]) -> int | None:
         return None
     if all(other != token_id for _, other, _ in alternatives):
         return len(alternatives) + 1
-    return 1 + sum(other is not None and other > logprob for other, _, _ in alternatives)
+    # Its own logprob among them may be another by a rounding.
+    others = [other for other, same, _ in alternatives if same != token_id]
+    return 1 + sum(other is not None and other > logprob for other in others)
 
 
 def entropy_bound(chosen: Entry, alternatives: Sequence[Entry]) -> float | None:

@@ -52,14 +52,14 @@ def test_the_four_modes_each_have_an_example() -> None:
 @pytest.fixture
 def run_example(
     shared_engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], str]:
+) -> Callable[..., str]:
     """Runs an example as a program of its own would, but for the engine; returns what it prints."""
 
-    def run(name: str) -> str:
+    def run(name: str, *words: str) -> str:
         made: list[dict[str, Any]] = []
         lend = lambda **given: made.append(given) or Lent(shared_engine)
         monkeypatch.setattr(jaxengine, "Engine", lend)
-        monkeypatch.setattr(sys, "argv", [name])
+        monkeypatch.setattr(sys, "argv", [name, *words])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         assert [given["model_path"] for given in made] == [None]
         return capsys.readouterr().out
@@ -74,6 +74,14 @@ def test_an_example_runs_as_it_stands(
     out = run_example(name)
     assert "'The import statement' goes on:\n" in out and len(out) > 200
     assert shared_engine.get_server_info()["internal_states"][0]["num_running"] == 0
+
+
+def test_scores_tell_sense_from_nonsense(run_example: Callable[..., str], tmp_path: Path) -> None:
+    out = run_example("scoring.py", "--report", str(tmp_path / "scores.html"))
+    assert "likeliest: is executed in two steps." in out
+    assert "The import statement is a kind of fruit." in out
+    page = (tmp_path / "scores.html").read_text(encoding="utf-8")
+    assert page.count('id="result-') == 3 and "fruit" in page
 
 
 def test_the_demo_shows_text_speed_and_what_to_type_next(

@@ -325,6 +325,7 @@ def test_the_rank_is_a_count(rng: np.random.Generator) -> None:
         assert rank((math.log(p[token]), token, None), top) == min(place, 11)
     ties: list = [(-1.0, 8, None), (-1.0, 9, None), (-2.0, 7, None)]
     assert [rank(entry, ties) for entry in ties] == [1, 1, 3]
+    assert rank((-1.0, 8, None), [(-0.99999, 8, None), (-2.0, 7, None)]) == 1, "itself, rounded"
     assert rank((None, 8, None), ties) is None and rank((-1.0, 8, None), []) is None
 
 
