@@ -49,7 +49,7 @@ class ScoringMethods:
             temperature=temperature,
             whole=return_token_logprobs,
         )
-        results = self.generate(**asked)
+        results = self.generate(**asked) if items else []
         return scoring.scores(results, apply_softmax=apply_softmax, whole=return_token_logprobs)
 
     async def async_score(
@@ -72,7 +72,7 @@ class ScoringMethods:
             temperature=temperature,
             whole=return_token_logprobs,
         )
-        results = await self.async_generate(**asked)
+        results = await self.async_generate(**asked) if items else []
         return scoring.scores(results, apply_softmax=apply_softmax, whole=return_token_logprobs)
 
     def loglikelihood(self, context: str | Sequence[Any], continuation: str | Sequence[Any]) -> Any:
@@ -83,18 +83,19 @@ class ScoringMethods:
         Raises:
             ValueError: a context or a continuation without tokens, or lists of different lengths.
         """
-        is_one = isinstance(context, str) or all(type(each) is int for each in context)
+        is_one = scoring.is_one(context)
         contexts, continuations = (
             [part] if is_one else list(part) for part in (context, continuation)
         )
         asked = scoring.likelihood_arguments(contexts, continuations, self._encode)
-        found = scoring.likelihoods(self.generate(**asked))
+        found = scoring.likelihoods(self.generate(**asked)) if contexts else []
         return found[0] if is_one else found
 
     def perplexity(self, prompt: str | Sequence[Any]) -> Any:
         """exp of the mean negative log-probability of all tokens but the first: of a text or a list
         of ids, or of each of a list of such."""
-        is_one = isinstance(prompt, str) or all(type(each) is int for each in prompt)
-        results = self.generate(**scoring.perplexity_arguments([prompt] if is_one else prompt))
-        found = scoring.perplexities(results)
+        is_one = scoring.is_one(prompt)
+        prompts = [prompt] if is_one else list(prompt)
+        asked = scoring.perplexity_arguments(prompts)
+        found = scoring.perplexities(self.generate(**asked)) if prompts else []
         return found[0] if is_one else found

@@ -47,7 +47,8 @@ def score_arguments(
             "query, items: expected a text and a list of texts, or token ids and a list of such "
             f"lists, got {short(query)} and {short(items)}"
         )
-    if not labels or not (_is_ids(labels) or all(map(_is_ids, labels))):
+    is_list = isinstance(labels, list | tuple) and bool(labels)
+    if not is_list or not (_is_ids(labels) or all(map(_is_ids, labels))):
         raise ValueError(
             f"label_token_ids: expected token ids, or for each item some, got {short(labels)}"
         )
@@ -106,7 +107,7 @@ def likelihood_arguments(
         if not before or len(ids) <= len(before):
             raise ValueError(
                 f"context, continuation: expected some tokens of each, got {len(before)} and "
-                f"{len(ids) - len(before)} for number {index}"
+                f"{len(ids) - len(before)} for number {index}; of a text alone take the perplexity"
             )
         whole.append(ids)
         starts.append(len(before) - 1)
@@ -154,6 +155,11 @@ def perplexities(results: Sequence[Mapping[str, Any]]) -> list[float]:
             raise ValueError(f"prompt {index}: expected at least two tokens, got one")
         found.append(math.exp(-sum(map(float, logprobs)) / len(logprobs)))  # type: ignore[arg-type]
     return found
+
+
+def is_one(prompt: Any) -> bool:
+    """Whether it is a text or a list of ids, and not a list of such."""
+    return isinstance(prompt, str) or (_is_ids(prompt) and len(prompt) > 0)
 
 
 def _input_logprobs(result: Mapping[str, Any]) -> list[float | None]:

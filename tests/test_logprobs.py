@@ -363,6 +363,7 @@ def test_scores_for_coroutines(make_engine):
         (lambda e: e.score("a", [[1]], [1]), "items: expected text, as the query is"),
         (lambda e: e.score([1], ["a"], [1]), "query, items: expected a text and a list of texts"),
         (lambda e: e.score([1], [[2]], None), "label_token_ids: expected token ids"),
+        (lambda e: e.score([1], [[2]], 5), "label_token_ids: expected token ids, or for each item"),
         (lambda e: e.score([1], [[2]], [[1], [2]]), "label_token_ids: expected 1 lists"),
         (lambda e: e.score([1], [[2]], [5000]), "token_ids_logprob: expected ids from 0 to 319"),
         (lambda e: e.loglikelihood([[1]], [[]]), "context, continuation: expected some tokens"),
@@ -373,6 +374,12 @@ def test_scores_for_coroutines(make_engine):
 def test_a_question_that_makes_no_sense_is_refused(make_engine, call, message):
     with pytest.raises(ValueError, match=message):
         call(make_engine())
+
+
+def test_of_nothing_there_is_nothing(make_engine):
+    engine = make_engine()
+    assert engine.perplexity([]) == engine.loglikelihood([], []) == []
+    assert engine.score([1], [], [2]) == []
 
 
 def test_a_step_that_tells_nothing_has_no_part_of_it(make_engine):
