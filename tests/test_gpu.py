@@ -56,6 +56,38 @@ def test_float32_tokens_equal_the_naive_loop_on_the_cpu(
         assert engine.get_server_info()["num_compilations_since_start"] == 0
 
 
+def test_log_probabilities_are_those_of_the_cpu(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, tiny_config("qwen3"), seed=1)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 320) for _ in range(length)] for length in (1, 5, 40, 150)]
+    asked: dict[str, Any] = dict(
+        input_ids=prompts,
+        sampling_params=greedy(8),
+        return_logprob=True,
+        logprob_start_len=0,
+        top_logprobs_num=3,
+        token_ids_logprob=[5, 7],
+    )
+    told = []
+    sizes: dict[str, Any] = SMALL | dict(skip_tokenizer_init=True, show_progress=False)
+    for device in ("cpu", "cuda"):
+        with Engine(model_path=str(tmp_path), device=device, **sizes) as engine:
+            told.append([result["meta_info"] for result in engine.generate(**asked)])
+    for right, got in zip(*told, strict=True):
+        for side in ("input", "output"):
+            for kind in ("token", "top", "token_ids"):
+                name = f"{side}_{kind}_logprobs"
+                expected, numbers = (_flat(info[name]) for info in (right, got))
+                np.testing.assert_allclose(numbers, expected, atol=1e-3, err_msg=name)
+
+
+def _flat(entries: Any) -> list[Any]:
+    """The logprobs of nested lists of entries."""
+    if isinstance(entries, list):
+        return [number for each in entries for number in _flat(each)]
+    return [] if entries is None or entries[0] is None else [entries[0]]
+
+
 def test_the_embedded_model_says_the_same_with_kernels_and_without() -> None:
     prompts = ["The import statement", "A dictionary is", "for", "A function definition"]
     texts = {}
