@@ -4,6 +4,7 @@ batched, cached or sent back; the lists have SGLang's layout."""
 import asyncio
 import inspect
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import TINY, check_books
 from tiny import save_checkpoint, tiny_config
 
+from jaxengine import Engine
 from jaxengine.report import write_report
 from jaxengine.sampling import logprobs_by_blocks
 from jaxengine.sampling import probabilities as library
@@ -92,6 +95,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("logprobs")
     save_checkpoint(path, tiny_config("qwen3"), seed=3)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_engine(folder: Path) -> Iterator[Engine]:
+    with Engine(model_path=str(folder), **TINY) as engine:
+        check_books(engine)
+        yield engine
+
+
+@pytest.fixture
+def engine(one_engine: Engine) -> Engine:
+    """For tests that need no other, with nothing cached."""
+    assert one_engine.flush_cache().success
+    return one_engine
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +207,8 @@ def test_numbers_do_not_depend_on_company_caches_or_retraction(make_engine):
     assert retractions > 0, "the pool was to be too small"
 
 
-def test_a_cached_beginning_is_used_as_far_as_nothing_is_asked_of_it(make_engine):
-    engine, [prompt] = make_engine(), prompts_of([40])
+def test_a_cached_beginning_is_used_as_far_as_nothing_is_asked_of_it(engine):
+    [prompt] = prompts_of([40])
     ask = lambda **how: engine.generate(input_ids=prompt, sampling_params=GREEDY, **how)
     plain, cached = ask(), lambda **how: ask(**how)["meta_info"]["cached_tokens"]
     assert plain["meta_info"]["cached_tokens"] == 0 and "input_token_logprobs" not in plain
@@ -201,8 +218,8 @@ def test_a_cached_beginning_is_used_as_far_as_nothing_is_asked_of_it(make_engine
     assert ask(return_logprob=True)["output_ids"] == plain["output_ids"]
 
 
-def test_entries_begin_where_they_are_wanted(make_engine):
-    engine, [prompt] = make_engine(), prompts_of([10])
+def test_entries_begin_where_they_are_wanted(engine):
+    [prompt] = prompts_of([10])
     how: dict[str, Any] = dict(input_ids=prompt, sampling_params=GREEDY, return_logprob=True)
     whole = engine.generate(**how, logprob_start_len=0)["meta_info"]["input_token_logprobs"]
     for start, begin in ((-1, 9), (4, 4), (9, 9)):
@@ -213,8 +230,8 @@ def test_entries_begin_where_they_are_wanted(make_engine):
         assert "input_top_logprobs" not in info and "output_token_ids_logprobs" not in info
 
 
-def test_a_prompt_that_is_not_continued_tells_what_would_come(make_engine, tmp_path):
-    engine, prompts = make_engine(), prompts_of([5, 37])
+def test_a_prompt_that_is_not_continued_tells_what_would_come(engine, tmp_path):
+    prompts = prompts_of([5, 37])
     greedy = engine.generate(input_ids=prompts, sampling_params=GREEDY)
     results = engine.generate(
         input_ids=prompts, sampling_params=GREEDY | {"max_new_tokens": 0}, **ALL
@@ -228,9 +245,9 @@ def test_a_prompt_that_is_not_continued_tells_what_would_come(make_engine, tmp_p
     assert page.count('id="result-') == 2
 
 
-def test_each_prompt_of_a_call_may_ask_for_its_own(make_engine):
+def test_each_prompt_of_a_call_may_ask_for_its_own(engine):
     prompts = prompts_of([6, 7, 8])
-    results = make_engine().generate(
+    results = engine.generate(
         input_ids=prompts,
         sampling_params=GREEDY,
         return_logprob=[True, False, True],
@@ -289,8 +306,7 @@ def test_an_output_that_stops_early_has_an_entry_for_each_token_and_no_more(make
     ],
     ids=str,
 )
-def test_what_cannot_be_told_is_refused(make_engine, arguments, message):
-    engine = make_engine()
+def test_what_cannot_be_told_is_refused(engine, arguments, message):
     with pytest.raises(ValueError, match=message):
         engine.generate(input_ids=[1, 2, 3, 4, 5, 6], **{"return_logprob": True} | arguments)
     assert engine._loop.num_live == 0
@@ -300,8 +316,7 @@ def test_what_cannot_be_told_is_refused(make_engine, arguments, message):
 
 
 @pytest.mark.oracle
-def test_scores_are_probabilities_of_labels(make_engine, folder, exact):
-    engine = make_engine(model_path=str(folder))
+def test_scores_are_probabilities_of_labels(engine, exact):
     [query, *items] = prompts_of([20, 3, 1, 5])
     labels = [5, 9, 250]
     right = np.exp([exact(query + item)[-1][labels] for item in items])
@@ -326,8 +341,7 @@ def test_scores_are_probabilities_of_labels(make_engine, folder, exact):
 
 
 @pytest.mark.oracle
-def test_likelihoods_and_perplexities_are_those_of_transformers(make_engine, folder, exact):
-    engine = make_engine(model_path=str(folder))
+def test_likelihoods_and_perplexities_are_those_of_transformers(engine, exact):
     [context, *others] = prompts_of([30, 4, 1, 9])
     [follow] = [engine.generate(input_ids=context, sampling_params=GREEDY)["output_ids"]]
     found = engine.loglikelihood([context] * 4, [*others, follow])
@@ -352,8 +366,8 @@ def test_text_is_scored_as_text(demo_engine):
     assert 0 <= unlikely < likely <= 1
 
 
-def test_scores_for_coroutines(make_engine):
-    engine, question = make_engine(), ([1, 2], [[3], [4]], [5, 6])
+def test_scores_for_coroutines(engine):
+    question = ([1, 2], [[3], [4]], [5, 6])
     assert asyncio.run(engine.async_score(*question)) == engine.score(*question)
 
 
@@ -371,13 +385,12 @@ def test_scores_for_coroutines(make_engine):
         (lambda e: e.perplexity([1]), "prompt 0: expected at least two tokens"),
     ],
 )
-def test_a_question_that_makes_no_sense_is_refused(make_engine, call, message):
+def test_a_question_that_makes_no_sense_is_refused(engine, call, message):
     with pytest.raises(ValueError, match=message):
-        call(make_engine())
+        call(engine)
 
 
-def test_of_nothing_there_is_nothing(make_engine):
-    engine = make_engine()
+def test_of_nothing_there_is_nothing(engine):
     assert engine.perplexity([]) == engine.loglikelihood([], []) == []
     assert engine.score([1], [], [2]) == []
 
