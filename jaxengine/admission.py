@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
 
-from jaxengine.inputs import AskedLogprobs, Entry
+from jaxengine.inputs import Entry
+from jaxengine.logprob_inputs import AskedLogprobs
 from jaxengine.logprobs import Logprobs
 from jaxengine.request import Request
 from jaxengine.sampling_params import DefaultLength, SamplingParams
@@ -27,7 +28,6 @@ class Limits:
     pool_tokens: int  # the whole KV pool, in tokens
     eos_token_ids: frozenset[int]
     truncates: bool  # cut what is too long instead of refusing it
-    has_raw_logprobs: bool = False  # outputs' are of the model's own logits
 
     @property
     def max_tokens(self) -> int:
@@ -81,9 +81,7 @@ def _logprobs(asked: AskedLogprobs, prompt_len: int, limits: Limits) -> Logprobs
         raise ValueError(
             f"token_ids_logprob: expected ids from 0 to {limits.vocab_size - 1}, got {wrong[0]}"
         )
-    return Logprobs(
-        start=start, num_top=asked.num_top, ids=asked.ids, is_raw=limits.has_raw_logprobs
-    )
+    return Logprobs(start=start, num_top=asked.num_top, ids=asked.ids)
 
 
 def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> list[int]:

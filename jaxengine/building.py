@@ -25,11 +25,11 @@ from jaxengine.memory import (
 )
 from jaxengine.models.config import ModelConfig
 from jaxengine.pallas_kernels.dispatch import Kernels, Problem, choose
-from jaxengine.runner import INSTALL, StepPrograms
 from jaxengine.sampling.probabilities import block_size
 from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes
+from jaxengine.step_programs import INSTALL, StepPrograms
 
 MAX_COMPILE_THREADS = 16
 ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
@@ -52,7 +52,7 @@ class Built:
 
 
 def build(args: ServerArgs, found: FoundModel, sizes: Sizes, device: Any) -> Built:
-    """All of it.
+    """All of it; long, as it lists the parts.
 
     Raises:
         ValueError: weights that do not fit the model, kernels that do not fit the device, or no
@@ -76,6 +76,7 @@ def build(args: ServerArgs, found: FoundModel, sizes: Sizes, device: Any) -> Bui
         num_bias=MAX_LOGIT_BIAS,
         device=device,
         kernels=kernels,
+        has_raw_logprobs=args.logprobs_mode == "raw_logprobs",
     )
     demand = Demand(
         others=bytes_in_use(device),

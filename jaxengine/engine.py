@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_scoring import ScoringMethods
-from jaxengine.inputs import Entry, LogprobOptions, normalise, refuse_unavailable
+from jaxengine.inputs import Entry, normalise, refuse_unavailable
+from jaxengine.logprob_inputs import LogprobOptions
 from jaxengine.loop import Loop
 from jaxengine.request import Request
 from jaxengine.results import StopText, Writer

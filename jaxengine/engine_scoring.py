@@ -28,7 +28,8 @@ class ScoringMethods:
         """The probability of each label as the next token behind `query + item`: a row for each
         item, a column for each label.
 
-        The query's K and V are computed once, whatever the number of items.
+        The query's full pages of K and V are computed once, whatever the number of items, unless
+        all tokens are to be told of.
 
         Args:
             query, items: a text and a list of texts, or token ids and a list of such lists.
@@ -41,16 +42,17 @@ class ScoringMethods:
         Raises:
             ValueError: text and ids mixed, no labels, or labels outside the vocabulary.
         """
-        asked = scoring.score_arguments(
+        question = scoring.Question(
             query,
             items,
             label_token_ids,
-            item_first=item_first,
-            temperature=temperature,
-            whole=return_token_logprobs,
+            apply_softmax,
+            item_first,
+            temperature,
+            return_token_logprobs,
         )
-        results = self.generate(**asked) if items else []
-        return scoring.scores(results, apply_softmax=apply_softmax, whole=return_token_logprobs)
+        asked = question.arguments()
+        return question.scores(self.generate(**asked) if items else [])
 
     async def async_score(
         self,
@@ -64,16 +66,17 @@ class ScoringMethods:
         return_token_logprobs: bool = False,
     ) -> scoring.ScoreResult:
         """`score` for coroutines."""
-        asked = scoring.score_arguments(
+        question = scoring.Question(
             query,
             items,
             label_token_ids,
-            item_first=item_first,
-            temperature=temperature,
-            whole=return_token_logprobs,
+            apply_softmax,
+            item_first,
+            temperature,
+            return_token_logprobs,
         )
-        results = await self.async_generate(**asked) if items else []
-        return scoring.scores(results, apply_softmax=apply_softmax, whole=return_token_logprobs)
+        asked = question.arguments()
+        return question.scores(await self.async_generate(**asked) if items else [])
 
     def loglikelihood(self, context: str | Sequence[Any], continuation: str | Sequence[Any]) -> Any:
         """`(sum, is_greedy)`: the log-probability of a continuation given its context, and whether

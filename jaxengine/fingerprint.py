@@ -19,7 +19,7 @@ import numpy as np
 from jaxengine.config import xla_settings
 from jaxengine.version import __version__
 
-TRACED = ("models", "pallas_kernels", "programs", "runner", "sampling")
+TRACED = ("models", "pallas_kernels", "programs", "sampling", "step_programs")
 """The modules and packages of `jaxengine` whose code runs while a step is traced."""
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
@@ -62,6 +62,7 @@ def _parts(value: Any, home: str, seen: dict[int, Any]) -> Iterator[bytes]:
 
 
 def _children(value: Any, home: str) -> Iterator[Any]:
+    """What a value is made of. Long, as every kind of value has its case."""
     value = inspect.unwrap(value) if callable(value) else value
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]

@@ -9,6 +9,13 @@ from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
+from jaxengine.logprob_inputs import (
+    NO_LOGPROBS,
+    AskedLogprobs,
+    LogprobOptions,
+    logprobs_of,
+    plain,
+)
 from jaxengine.sampling_params import OTHER_SPELLINGS, SamplingParams
 
 UNAVAILABLE = {
@@ -51,26 +58,6 @@ AVAILABLE = (
 )
 
 
-class LogprobOptions(NamedTuple):
-    """What `generate` is to tell of distributions, for all prompts of a call or one each."""
-
-    return_logprob: Any = None
-    logprob_start_len: Any = None
-    top_logprobs_num: Any = None
-    token_ids_logprob: Any = None
-
-
-NO_LOGPROBS = LogprobOptions()
-
-
-class AskedLogprobs(NamedTuple):
-    """The same for one prompt."""
-
-    start_len: int  # -1: the last token of the prompt
-    num_top: int
-    ids: tuple[int, ...]
-
-
 class Entry(NamedTuple):
     """One sample to be generated."""
 
@@ -110,7 +97,7 @@ def normalise(
         raise ValueError(f"n: expected the same number for every prompt of a call, got {counts}")
     rids = _rids(rid, len(texts), n, is_batch)
     priorities = _priorities(priority, len(texts))
-    asked = _logprobs(logprobs, len(texts), is_batch)
+    asked = logprobs_of(logprobs, len(texts), is_batch)
     entries = [
         Entry(texts[i], ids[i], params[i], rids[i * n + sample], priorities[i], sample, asked[i])
         for i in range(len(texts))
@@ -186,12 +173,12 @@ def _texts(prompt: Any) -> tuple[list[str], bool]:
 
 def _id_lists(input_ids: Any) -> tuple[list[Sequence[Any]], bool]:
     """Lists of ids. Arrays become lists; whether their elements are ids is seen later."""
-    rows = _plain(input_ids)
+    rows = plain(input_ids)
     if not isinstance(rows, list | tuple):
         raise ValueError(
             f"input_ids: expected a list of token ids, or of such lists, got {short(input_ids)}"
         )
-    rows = [_plain(row) for row in rows]
+    rows = [plain(row) for row in rows]
     if not any(isinstance(row, list | tuple) for row in rows):
         return [rows], False
     for index, row in enumerate(rows):
@@ -204,12 +191,7 @@ def _id_lists(input_ids: Any) -> tuple[list[Sequence[Any]], bool]:
 
 def _plain_ids(row: Sequence[Any]) -> Sequence[Any]:
     """A row's ids as Python's own numbers: the row itself, and at once, where they are."""
-    return row if set(map(type, row)) <= {int} else [_plain(token) for token in row]
-
-
-def _plain(value: Any) -> Any:
-    """Python's own numbers and lists instead of those of NumPy, JAX and others."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    return row if set(map(type, row)) <= {int} else [plain(token) for token in row]
 
 
 def _sampling(given: Any, count: int, defaults: Mapping[str, Any]) -> list[SamplingParams]:
@@ -260,46 +242,3 @@ def _priorities(priority: Any, count: int) -> list[int]:
     if len(priorities) != count or not all(type(each) is int for each in priorities):
         raise ValueError(f"priority: expected an int, or {count} of them, got {short(priority)}")
     return priorities
-
-
-def _logprobs(given: LogprobOptions, count: int, is_batch: bool) -> list[AskedLogprobs | None]:
-    wanted = _for_each("return_logprob", given.return_logprob, False, bool, count)
-    starts = _for_each("logprob_start_len", given.logprob_start_len, -1, int, count)
-    tops = _for_each("top_logprobs_num", given.top_logprobs_num, 0, int, count)
-    ids = _asked_ids(_plain(given.token_ids_logprob), count, is_batch)
-    for name, values, least in (("logprob_start_len", starts, -1), ("top_logprobs_num", tops, 0)):
-        if min(values, default=least) < least:
-            raise ValueError(f"{name}: expected {least} or more, got {min(values)}")
-    return [AskedLogprobs(starts[i], tops[i], ids[i]) if wanted[i] else None for i in range(count)]
-
-
-def _for_each(name: str, given: Any, default: Any, kind: type, count: int) -> list[Any]:
-    """A value for every prompt, where one for all or a list was given."""
-    given = _plain(given)
-    values = list(given) if isinstance(given, list | tuple) else [given] * count
-    values = [default if value is None else value for value in values]
-    if len(values) != count or not all(type(value) is kind for value in values):
-        raise ValueError(
-            f"{name}: expected {kind.__name__}, or a list of {count}, got {short(given)}"
-        )
-    return values
-
-
-def _asked_ids(given: Any, count: int, is_batch: bool) -> list[tuple[int, ...]]:
-    """Token ids to ask about: one list for all prompts, or a list of lists for a list of them."""
-    if given is None:
-        return [()] * count
-    is_nested = isinstance(given, list | tuple) and any(
-        each is None or isinstance(each, list | tuple) for each in given
-    )
-    lists = [each or () for each in given] if is_nested else [given] * count
-    if len(lists) != count or (is_nested and not is_batch) or not all(map(_is_ids, lists)):
-        raise ValueError(
-            "token_ids_logprob: expected a list of token ids, or for a list of prompts one such "
-            f"list each, got {short(given)}"
-        )
-    return [tuple(each) for each in lists]
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(type(each) is int for each in value)

@@ -16,15 +16,14 @@ class Wanted(NamedTuple):
     top: int  # so many of the likeliest tokens
     ids: int  # so many tokens that each row asks about
     of_inputs: bool  # of the prompts' tokens too
-    is_raw: bool  # of the model's own logits, before penalties, biases and temperature
 
 
 class Told(NamedTuple):
-    """The numbers of some positions, as arrays of NumPy."""
+    """The numbers of some positions: float32 arrays on the device, or of NumPy."""
 
     of_token: Any  # [positions]
     top: Any  # [positions, k], descending
-    top_ids: Any  # [positions, k]
+    top_ids: Any  # [positions, k] int32
     of_ids: Any  # [positions, n]
 
 
@@ -67,7 +66,6 @@ class Logprobs:
     start: int  # first prompt token with an entry
     num_top: int = 0
     ids: tuple[int, ...] = ()
-    is_raw: bool = False
     inputs: Entries = field(default_factory=Entries)  # of the tokens behind `start`
     outputs: Entries = field(default_factory=Entries)
     next_token: Entries | None = None  # where none is to be generated, what might have come
@@ -104,12 +102,11 @@ def merged(all_asked: Iterable[tuple[Logprobs, bool]]) -> Wanted | None:
     that few programs serve all."""
     wanted = None
     for asked, tells_inputs in all_asked:
-        before = wanted or Wanted(0, 0, False, asked.is_raw)
+        top, ids, of_inputs = wanted or (0, 0, False)
         wanted = Wanted(
-            top=max(before.top, _rounded_up(asked.num_top)),
-            ids=max(before.ids, _rounded_up(len(asked.ids))),
-            of_inputs=before.of_inputs or tells_inputs,
-            is_raw=asked.is_raw,
+            top=max(top, _rounded_up(asked.num_top)),
+            ids=max(ids, _rounded_up(len(asked.ids))),
+            of_inputs=of_inputs or tells_inputs,
         )
     return wanted
 

@@ -13,12 +13,10 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from jaxengine import outputs
+from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs
 from jaxengine.logprobs import Told
 from jaxengine.request import Request, Status
 from jaxengine.scheduler import Row, Scheduler, StepPlan
-
-NOT_FINITE = -1  # what a step draws from logits it cannot use
-NOT_FINITE_REASON = outputs.not_finite_reason()
 
 
 class StepRunner(Protocol):
@@ -270,70 +268,3 @@ class Loop:
         refusal = RuntimeError(f"this engine failed and takes no more requests: {self.error!r}")
         refusal.__cause__ = self.error
         return refusal
-
-
-def book_logprobs(
-    row: Row,
-    index: int,
-    first: int,
-    tokens: Sequence[int],
-    of_drawn: Told | None,
-    of_inputs: Told | None,
-) -> None:
-    """Books what a launch told of a row, whose own tokens begin at `first` among all it read.
-    `tokens` has one of each step, also of those that the row did not draw. Entries of tokens that
-    turn out to stand behind the end are never shown."""
-    request, start, end = row.request, row.start, row.start + row.query_len
-    books, prompt = request.logprobs, request.prompt_ids
-    if books is None or of_drawn is None:
-        return
-    if of_inputs is not None and books.tells_inputs(start, end, len(prompt)):
-        own = Told(*(array[first : first + row.query_len] for array in of_inputs))
-        books.add_inputs(start, prompt[start + 1 : end + 1], own)
-    own = Told(*(array[:, index] for array in of_drawn))
-    if row.num_draws:
-        books.add_outputs(tokens[: row.num_draws], own)
-    elif not request.max_new_tokens and end == len(prompt):
-        books.add_next(tokens[0], own)
-
-
-def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:
-    """Books drawn tokens up to the one that ends the request, and says why it does; those behind it
-    are dropped."""
-    plain = request.stop_text is None and request.stop_token_ids.isdisjoint(tokens)
-    if plain and NOT_FINITE not in tokens:
-        request.output_ids.extend(tokens)
-        is_last = len(request.output_ids) >= request.max_new_tokens
-        return outputs.length_reason(request.max_new_tokens) if is_last else None
-    for token in tokens:
-        if token == NOT_FINITE:
-            return NOT_FINITE_REASON
-        request.output_ids.append(token)
-        reason = stop_reason(request, token)
-        if reason is not None:
-            return reason
-    return None
-
-
-def stop_reason(request: Request, token: int) -> dict[str, Any] | None:
-    """Why a request ends with the token it just got: the token, its text, or its length, in this
-    order.
-
-    An end-of-sequence token in the last allowed place is a stop, not a length.
-    """
-    is_stop_token = token in request.stop_token_ids
-    is_last = len(request.output_ids) >= request.max_new_tokens
-    matched = None
-    if request.stop_text is not None:
-        try:
-            if not is_stop_token or request.sampling.no_stop_trim:
-                matched = request.stop_text.add(token)
-            if matched is None and (is_stop_token or is_last):
-                matched = request.stop_text.finish()
-        except ValueError as error:  # a stop expression that takes too long
-            return outputs.abort_reason(str(error), status_code=400, err_type="BadRequestError")
-    if is_stop_token:
-        return outputs.stop_reason(token)
-    if matched is not None:
-        return outputs.stop_reason(matched)
-    return outputs.length_reason(request.max_new_tokens) if is_last else None

@@ -14,16 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxengine.logprobs import Wanted
+from jaxengine.logprobs import Told, Wanted
 from jaxengine.models.interface import Batch, KVCache, Model, rows_of
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.sampling import (
     SamplingState,
-    TokenLogprobs,
-    adjust,
-    draw_adjusted,
     logprobs,
     logprobs_by_blocks,
+    sample,
 )
 from jaxengine.sampling import install as install_sampling
 
@@ -53,8 +51,8 @@ class Outputs(NamedTuple):
     """What the host reads of a launch."""
 
     drawn: Int[Array, "steps B"]  # -1 where logits are not finite
-    of_drawn: TokenLogprobs | None = None  # of [steps B], where wanted
-    of_inputs: TokenLogprobs | None = None  # of [T]: at each token, of the one behind it
+    of_drawn: Told | None = None  # of [steps B], where wanted
+    of_inputs: Told | None = None  # of [T]: at each token, of the one behind it
 
 
 class Asked(NamedTuple):
@@ -62,11 +60,12 @@ class Asked(NamedTuple):
 
     wanted: Wanted  # static
     ids: Int[Array, "B n"]  # tokens that each row asks about
+    is_raw: bool  # of drawn tokens: of the model's own logits, before any adjustment; static
 
 
 def outputs_structure(wanted: Wanted | None) -> Outputs:
     """`Outputs` with some leaf in place of each array."""
-    told = TokenLogprobs(0, 0, 0, 0)  # type: ignore[arg-type]
+    told = Told(0, 0, 0, 0)
     if wanted is None:
         return Outputs(0)  # type: ignore[arg-type]
     return Outputs(0, told, told if wanted.of_inputs else None)  # type: ignore[arg-type]
@@ -158,12 +157,12 @@ def decode(
 
 def _nothing_told(
     num_steps: int, num_rows: int, asked: Asked | None
-) -> tuple[Int[Array, "steps B"], TokenLogprobs | None]:
+) -> tuple[Int[Array, "steps B"], Told | None]:
     """What `_draw` tells, in place of each step's."""
     drawn = jnp.zeros((num_steps, num_rows), jnp.int32)
     if asked is None:
         return drawn, None
-    of_drawn = TokenLogprobs(
+    of_drawn = Told(
         of_token=jnp.zeros(drawn.shape),
         top=jnp.zeros((*drawn.shape, asked.wanted.top)),
         top_ids=jnp.zeros((*drawn.shape, asked.wanted.top), jnp.int32),
@@ -199,23 +198,24 @@ def _draw(
     draws: Bool[Array, " B"],
     asked: Asked | None,
     kernels: Kernels,
-) -> tuple[Int[Array, "R C"], Int[Array, " B"], TokenLogprobs | None]:
+) -> tuple[Int[Array, "R C"], Int[Array, " B"], Told | None]:
     """The histories, one token drawn for each row and appended to those that want it, and what is
     wanted to know of what it was drawn from."""
     with jax.named_scope("logits"):
         logits = model.logits(hidden)
     with jax.named_scope("sample"):
-        adjusted = adjust(logits, sampling, tokens, rows.slots, lengths)
-        drawn = draw_adjusted(
-            adjusted,
+        drawn, adjusted = sample(
+            logits,
             sampling,
+            tokens,
+            rows.slots,
             lengths,
             implementation=kernels.sampling,
             interpret=kernels.interpret,
         )
     of_drawn = None
     if asked is not None:
-        if not asked.wanted.is_raw:
+        if not asked.is_raw:
             is_greedy = sampling.temperature == 0
             logits = adjusted / jnp.where(is_greedy, 1, sampling.temperature)[:, None]
         of_drawn = logprobs(logits, drawn, asked.ids, asked.wanted.top)

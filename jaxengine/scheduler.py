@@ -349,8 +349,7 @@ class Scheduler:
 def _wanted(rows: Sequence[Row]) -> Wanted | None:
     """What the launch has to tell of distributions, all rows together."""
     return merged(
-        (asked, asked.tells_inputs(row.start, row.start + row.query_len, len(prompt)))
-        for row in rows
-        for asked, prompt in [(row.request.logprobs, row.request.prompt_ids)]
-        if asked is not None
+        (asked, asked.tells_inputs(start, start + query_len, len(request.prompt_ids)))
+        for request, _, start, query_len, *_ in rows
+        if (asked := request.logprobs) is not None
     )

@@ -29,62 +29,81 @@ class Likelihood(NamedTuple):
     is_greedy: bool  # whether each of them is the likeliest
 
 
-def score_arguments(
-    query: Any, items: Any, labels: Any, *, item_first: bool, temperature: float, whole: bool
-) -> dict[str, Any]:
-    """What to ask `generate` for the log-probabilities of labels behind query and item; with
-    `whole`, also those of all their tokens.
+class Question(NamedTuple):
+    """What `score` is asked, under its names."""
 
-    Raises:
-        ValueError: not both text or both ids, or labels that are none.
-    """
-    if isinstance(query, str):
-        items = [items] if isinstance(items, str) else items
-        if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
-            raise ValueError(f"items: expected text, as the query is, got {short(items)}")
-    elif not _is_ids(query) or not isinstance(items, list | tuple) or not all(map(_is_ids, items)):
-        raise ValueError(
-            "query, items: expected a text and a list of texts, or token ids and a list of such "
-            f"lists, got {short(query)} and {short(items)}"
-        )
-    is_list = isinstance(labels, list | tuple) and bool(labels)
-    if not is_list or not (_is_ids(labels) or all(map(_is_ids, labels))):
-        raise ValueError(
-            f"label_token_ids: expected token ids, or for each item some, got {short(labels)}"
-        )
-    of_items = [list(labels)] * len(items) if _is_ids(labels) else [list(each) for each in labels]
-    if len(of_items) != len(items):
-        raise ValueError(
-            f"label_token_ids: expected {len(items)} lists, one an item, got {len(of_items)}"
-        )
-    join = (lambda item: item + query) if item_first else (lambda item: query + item)
-    joined = [join(item if isinstance(query, str) else list(item)) for item in items]
-    return {
-        "prompt" if isinstance(query, str) else "input_ids": joined,
-        "sampling_params": NOTHING_NEW | {"temperature": temperature},
-        "return_logprob": True,
-        "logprob_start_len": 0 if whole else -1,
-        "token_ids_logprob": of_items,
-    }
+    query: Any
+    items: Any
+    label_token_ids: Any
+    apply_softmax: bool
+    item_first: bool
+    temperature: float
+    return_token_logprobs: bool
 
+    def arguments(self) -> dict[str, Any]:
+        """Of a call of `generate`, which tells the log-probabilities of labels behind query and
+        item, and if these are wanted those of all their tokens.
 
-def scores(
-    results: Sequence[Mapping[str, Any]], *, apply_softmax: bool, whole: bool
-) -> ScoreResult:
-    """Probabilities of the labels, among the whole vocabulary or, with `apply_softmax`, among the
-    labels alone."""
-    rows = ScoreResult()
-    for result in results:
-        [entries] = result["meta_info"]["output_token_ids_logprobs"]
-        logprobs = [logprob for logprob, *_ in entries]
-        peak = max(logprobs) if apply_softmax else 0.0
-        weights = [math.exp(logprob - peak) for logprob in logprobs]
-        total = sum(weights) if apply_softmax else 1.0
-        rows.append([weight / total for weight in weights])
-    rows.prompt_tokens = sum(result["meta_info"]["prompt_tokens"] for result in results)
-    if whole:
-        rows.token_logprobs = [_input_logprobs(result) for result in results]
-    return rows
+        Raises:
+            ValueError: not both text or both ids, or labels that are none.
+        """
+        query, items = self.query, self._items()
+        join = (lambda item: item + query) if self.item_first else (lambda item: query + item)
+        is_text = isinstance(query, str)
+        return {
+            "prompt" if is_text else "input_ids": [
+                join(item if is_text else list(item)) for item in items
+            ],
+            "sampling_params": NOTHING_NEW | {"temperature": self.temperature},
+            "return_logprob": True,
+            "logprob_start_len": 0 if self.return_token_logprobs else -1,
+            "token_ids_logprob": self._labels(len(items)),
+        }
+
+    def scores(self, results: Sequence[Mapping[str, Any]]) -> ScoreResult:
+        """Probabilities of the labels, among the whole vocabulary or, with `apply_softmax`, among
+        the labels alone."""
+        rows = ScoreResult()
+        for result in results:
+            [entries] = result["meta_info"]["output_token_ids_logprobs"]
+            logprobs = [logprob for logprob, *_ in entries]
+            peak = max(logprobs) if self.apply_softmax else 0.0
+            weights = [math.exp(logprob - peak) for logprob in logprobs]
+            total = sum(weights) if self.apply_softmax else 1.0
+            rows.append([weight / total for weight in weights])
+        rows.prompt_tokens = sum(result["meta_info"]["prompt_tokens"] for result in results)
+        if self.return_token_logprobs:
+            rows.token_logprobs = [_input_logprobs(result) for result in results]
+        return rows
+
+    def _items(self) -> Sequence[Any]:
+        query, items = self.query, self.items
+        if isinstance(query, str):
+            items = [items] if isinstance(items, str) else items
+            if not isinstance(items, list | tuple) or not all(isinstance(i, str) for i in items):
+                raise ValueError(f"items: expected text, as the query is, got {short(items)}")
+            return items
+        is_list = isinstance(items, list | tuple)
+        if not _is_ids(query) or not is_list or not all(map(_is_ids, items)):
+            raise ValueError(
+                "query, items: expected a text and a list of texts, or token ids and a list of "
+                f"such lists, got {short(query)} and {short(items)}"
+            )
+        return items
+
+    def _labels(self, num_items: int) -> list[list[int]]:
+        labels = self.label_token_ids
+        is_list = isinstance(labels, list | tuple) and bool(labels)
+        if not is_list or not (_is_ids(labels) or all(map(_is_ids, labels))):
+            raise ValueError(
+                f"label_token_ids: expected token ids, or for each item some, got {short(labels)}"
+            )
+        each = [labels] * num_items if _is_ids(labels) else labels
+        if len(each) != num_items:
+            raise ValueError(
+                f"label_token_ids: expected {num_items} lists, one an item, got {len(each)}"
+            )
+        return [list(of_item) for of_item in each]
 
 
 def likelihood_arguments(

@@ -146,7 +146,6 @@ def start(args: ServerArgs) -> Started:
             pool_tokens=num_pages * args.page_size,
             eos_token_ids=found.eos_token_ids,
             truncates=args.allow_auto_truncate,
-            has_raw_logprobs=args.logprobs_mode == "raw_logprobs",
         ),
         sizes=sizes,
         random_seed=random_seed,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxengine import executables, runner
+from jaxengine import executables, step_programs
 from jaxengine.executables import Executables
 from jaxengine.fingerprint import fingerprint
 from jaxengine.models import layers
@@ -190,7 +190,7 @@ def test_a_fingerprint_sees_code_data_and_settings(monkeypatch: pytest.MonkeyPat
     for target, name, value in (
         (layers, "rms_norm", lambda x, scale, *, eps: x * 2),
         (layers.Parameters, "scale", lambda self, **axes: None),
-        (runner, "EXTEND_OPTIONS", {"xla_gpu_autotune_level": 1}),
+        (step_programs, "EXTEND_OPTIONS", {"xla_gpu_autotune_level": 1}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)

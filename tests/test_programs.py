@@ -20,8 +20,8 @@ from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.programs import RequestState
-from jaxengine.runner import StepPrograms
 from jaxengine.sampling import empty_state
+from jaxengine.step_programs import StepPrograms
 
 
 def step_programs(
@@ -97,7 +97,7 @@ def test_steps_that_tell_of_distributions_lower_for_cuda() -> None:
     kernels = ALL_KERNELS["mosaic"]
     steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
     for bucket in (Bucket(1, 1, 8), Bucket(4, 4, 1), Bucket(1024, 4)):
-        text = lowered_for_cuda(steps, bucket, Wanted(8, 8, not bucket.num_steps, False))
+        text = lowered_for_cuda(steps, bucket, Wanted(8, 8, not bucket.num_steps))
         assert text.count("tf.aliasing_output") == config.num_layers + 2
         assert "1024x151936xf32" not in text, "logits come by blocks"
 

@@ -25,7 +25,7 @@ NUM_STOP_IDS, NUM_BIAS = 4, 8
 @jax.jit
 def run(logits, params, tokens, lengths):
     """`sample` with a history per row."""
-    return sample(logits, params, tokens, jnp.arange(len(lengths)), lengths)
+    return sample(logits, params, tokens, jnp.arange(len(lengths)), lengths)[0]
 
 
 def state_of(

@@ -2,24 +2,16 @@
 all tokens of a prompt are never in memory together: these come by blocks."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from jaxengine.logprobs import Told
+
 BLOCK_BYTES = 160 << 20  # logits of a block of prompt tokens, at most
 GROUP = 128  # tokens of the vocabulary of which the largest logit is found first
-
-
-class TokenLogprobs(NamedTuple):
-    """Of `N` distributions."""
-
-    of_token: Float32[Array, "*N"]
-    top: Float32[Array, "*N k"]  # descending
-    top_ids: Int32[Array, "*N k"]
-    of_ids: Float32[Array, "*N n"]
 
 
 def logprobs(
@@ -27,7 +19,7 @@ def logprobs(
     tokens: Int[Array, " B"],
     ids: Int[Array, "B n"],
     num_top: int,
-) -> TokenLogprobs:
+) -> Told:
     """Log-softmax of each row at `tokens`, at the `num_top` largest, and at `ids`.
 
     Ids outside the vocabulary have that of some token in it.
@@ -35,7 +27,7 @@ def logprobs(
     norm = jax.nn.logsumexp(logits, axis=1, keepdims=True)
     at = lambda places: jnp.take_along_axis(logits, places, axis=1, mode="clip") - norm
     top, top_ids = largest(logits, min(num_top, logits.shape[1]))
-    return TokenLogprobs(at(tokens[:, None])[:, 0], top - norm, top_ids, at(ids))
+    return Told(at(tokens[:, None])[:, 0], top - norm, top_ids, at(ids))
 
 
 def largest(
@@ -61,7 +53,7 @@ def logprobs_by_blocks(
     tokens: Int[Array, " T"],
     ids: Int[Array, "T n"],
     num_top: int,
-) -> TokenLogprobs:
+) -> Told:
     """`logprobs` of projected hidden states, with the logits of few of them in memory at a time."""
     T, block = len(hidden), block_size(jax.eval_shape(project, hidden).shape[1])
     if T <= block:

@@ -22,8 +22,9 @@ def sample(
     *,
     implementation: str = "xla",
     interpret: bool = False,
-) -> Int32[Array, " B"]:
-    """The next token of each row, the argmax where its temperature is 0.
+) -> tuple[Int32[Array, " B"], Float32[Array, "B V"]]:
+    """The next token of each row, the argmax where its temperature is 0; and the adjusted logits
+    that it is from.
 
     `history[slots]` holds each row's prompt and output so far, `lengths` of them, which is the
     position of the token to come. A row gets UNUSABLE if its adjusted logits hold NaN or +inf or
@@ -31,26 +32,12 @@ def sample(
     tokens up to rounding; `interpret` runs the latter on a CPU.
     """
     logits = adjust(logits, params, history, slots, lengths)
-    return draw_adjusted(
-        logits, params, lengths, implementation=implementation, interpret=interpret
-    )
-
-
-def draw_adjusted(
-    logits: Float32[Array, "B V"],
-    params: SamplingState,
-    lengths: Int[Array, " B"],
-    *,
-    implementation: str = "xla",
-    interpret: bool = False,
-) -> Int32[Array, " B"]:
-    """What `sample` does behind `adjust`."""
     if implementation == "xla":
-        return sample_rows(logits, params, lengths)
+        return sample_rows(logits, params, lengths), logits
     # Imported when it is needed: Pallas takes time, and many a run needs none of it.
     from jaxengine.pallas_kernels import sample as kernel
 
-    return kernel.sample_rows(
+    drawn = kernel.sample_rows(
         logits,
         temperature=params.temperature,
         top_k=params.top_k,
@@ -60,6 +47,7 @@ def draw_adjusted(
         positions=lengths,
         interpret=interpret,
     )
+    return drawn, logits
 
 
 def sample_rows(
