@@ -67,6 +67,7 @@ def build(args: ServerArgs, found: FoundModel, sizes: Sizes, device: Any) -> Bui
         graphdef,
         params,
         num_layers=found.config.num_layers,
+        vocab_size=found.config.vocab_size,
         page_shape=(found.config.num_kv_heads, args.page_size, found.config.head_size),
         # On CPUs XLA may widen the whole 16-bit pool for every write into it.
         cache_dtype="float32" if is_cpu else dtype,

@@ -52,10 +52,10 @@ class Executables:
     As with JAX's cache, whoever can write to the folder can run code as its reader.
     """
 
-    def __init__(self, device: Any):
+    def __init__(self, device: Any, keeps: bool = True):
         self._device = device
         self._fingerprint = fingerprint(device)
-        self._folder = executables_dir()
+        self._folder = executables_dir() if keeps else None
 
     def through(
         self, key: Any, *, in_tree: Any, out_tree: Any, trace: Callable[[], Callable[[], Any]]

@@ -19,7 +19,10 @@ import numpy as np
 from jaxengine.config import xla_settings
 from jaxengine.version import __version__
 
-TRACED = ("models", "pallas_kernels", "programs", "sampling", "step_programs")
+TRACED = (
+    *("functions", "models", "pallas_kernels", "programs", "request_state", "sampling"),
+    "step_programs",
+)
 """The modules and packages of `jaxengine` whose code runs while a step is traced."""
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))

@@ -15,12 +15,21 @@ from typing import Any, Protocol
 from jaxengine import outputs
 from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs
 from jaxengine.logprobs import Told
+from jaxengine.pausing import finish_step
 from jaxengine.request import Request, Status
 from jaxengine.scheduler import Row, Scheduler, StepPlan
 
 
 class StepRunner(Protocol):
     def submit(self, plan: StepPlan, /) -> Any: ...
+
+    def everything(self, num_rows: int, /) -> Any: ...
+
+    def adjust(self, paused: Any, masks: Any, /) -> Any: ...
+
+    def draw(self, paused: Any, masks: Any, /) -> Any: ...
+
+    def choose(self, paused: Any, adjusted: Any, /) -> Any: ...
 
     def collect(self, submitted: Any, /) -> Sequence[Sequence[int]]: ...
 
@@ -126,16 +135,22 @@ class Loop:
         while self._receive(can_wait=self.scheduler.is_idle):
             plan = self.scheduler.schedule()
             if plan is not None:
-                self._deliver(plan, self.runner.submit(plan))
+                self._deliver(plan, self._whole(plan, self.runner.submit(plan)))
 
     def _run_overlapped(self) -> None:
         flying: tuple[StepPlan, Any] | None = None
         while self._receive(can_wait=flying is None and self.scheduler.is_idle):
             plan = self.scheduler.schedule()
-            submitted = (plan, self.runner.submit(plan)) if plan is not None else None
+            submitted = self.runner.submit(plan) if plan is not None else None
             if flying is not None:
                 self._deliver(*flying)
-            flying = submitted
+            flying = (plan, self._whole(plan, submitted)) if plan is not None else None
+
+    def _whole(self, plan: StepPlan, submitted: Any) -> Any:
+        """A step that pauses for the host goes on: all tokens up to it are known now."""
+        if not plan.pauses:
+            return submitted
+        return finish_step(self.runner, plan, submitted, self._fail)
 
     def _receive(self, can_wait: bool) -> bool:
         """Answers the inbox, waiting for a first call where there is nothing else to do; False at
@@ -200,6 +215,12 @@ class Loop:
     def _finish(self, request: Request, reason: dict[str, Any], keeps_prefix: bool = True) -> None:
         self.scheduler.finish(request, reason, keeps_prefix)
         self._report_end(request)
+
+    def _fail(self, request: Request, message: str) -> None:
+        """Ends a request, and no other, for what was wrong with it."""
+        reason = outputs.abort_reason(message, status_code=400, err_type="BadRequestError")
+        if request.status is not Status.FINISHED:
+            self._finish(request, reason)
 
     def _report_end(self, request: Request) -> None:
         request.finish_time = time.time()

@@ -1,29 +1,36 @@
 """The device programs, pure: `extend` runs the model once over ragged rows, `decode` several times
-over rows of one token, and both draw next tokens; `install` puts a request's state into its slot.
-They know arrays by slot, and neither requests nor how they are compiled.
+over rows of one token, and both draw next tokens. `read` and `draw` are one pass and its draw
+apart, for the host to say in between what may be drawn. They know arrays by slot, and neither
+requests nor how they are compiled.
 
 A step's tokens never come from the host: row by row it reads them from the history of its slot, and
 writes the token it drew behind them. So a prompt, a chunk, decoding rows and any mixture of them
 are one program, and a decode program goes on by itself for as many steps as it was made for.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from jaxengine.functions import NO_FUNCTIONS, Functions
+from jaxengine.hidden_states import WantedStates
 from jaxengine.logprobs import Told, Wanted
 from jaxengine.models.interface import Batch, KVCache, Model, rows_of
+from jaxengine.models.taps import Place, Taps
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+from jaxengine.request_state import RequestState, Settings
 from jaxengine.sampling import (
     SamplingState,
+    adjust,
+    allow_only,
     logprobs,
     logprobs_by_blocks,
     sample,
 )
-from jaxengine.sampling import install as install_sampling
+from jaxengine.sampling.extensions import Row
 
 NUM_ROW_FIELDS = 5
 
@@ -39,12 +46,11 @@ class RowInputs(NamedTuple):
     num_draws: Int[Array, " B"]  # tokens to draw and to append; 0 inside of a prompt
 
 
-class RequestState(NamedTuple):
-    """What the device remembers of each slot's request; the last slot belongs to padding rows."""
+class States(NamedTuple):
+    """Hidden states at `n` places of the forward pass."""
 
-    tokens: Int[Array, "R C"]  # prompt and drawn tokens, in order of position
-    page_table: Int[Array, "R P"]
-    sampling: SamplingState
+    last: Float[Array, "steps n B D"]  # of each row's last token
+    of_inputs: Float[Array, "n T D"] | None  # of all tokens
 
 
 class Outputs(NamedTuple):
@@ -53,6 +59,7 @@ class Outputs(NamedTuple):
     drawn: Int[Array, "steps B"]  # -1 where logits are not finite
     of_drawn: Told | None = None  # of [steps B], where wanted
     of_inputs: Told | None = None  # of [T]: at each token, of the one behind it
+    states: States | None = None
 
 
 class Asked(NamedTuple):
@@ -63,21 +70,33 @@ class Asked(NamedTuple):
     is_raw: bool  # of drawn tokens: of the model's own logits, before any adjustment; static
 
 
-def outputs_structure(wanted: Wanted | None) -> Outputs:
-    """`Outputs` with some leaf in place of each array."""
-    told = Told(0, 0, 0, 0)
-    if wanted is None:
-        return Outputs(0)  # type: ignore[arg-type]
-    return Outputs(0, told, told if wanted.of_inputs else None)  # type: ignore[arg-type]
+def structure_of_made(
+    part: str, wanted: Wanted | None, states: WantedStates | None
+) -> tuple[Any, ...]:
+    """What a step gives beside cache and state, with some leaf in place of each array."""
+    some: Any = 0
+    told = None if wanted is None else Told(some, some, some, some)
+    of_inputs = told if wanted is not None and wanted.of_inputs else None
+    seen = None if states is None else States(some, some if states.of_inputs else None)
+    if part == "adjust":
+        return (some,)
+    if part in ("draw", "choose"):
+        return (Outputs(some, told),)
+    if part == "read":
+        return some, Outputs(some, None, of_inputs, seen)
+    return (Outputs(some, told, of_inputs, seen),)
 
 
-def empty_tables(num_slots: int, context_length: int, page_size: int):
-    """`tokens` and `page_table` of a `RequestState` with nothing in it (and the padding slot)."""
-    num_pages = -(-context_length // page_size)
-    return (
-        jnp.zeros((num_slots + 1, context_length), jnp.int32),
-        jnp.zeros((num_slots + 1, num_pages), jnp.int32),
-    )
+class Options(NamedTuple):
+    """What a program is made for, beside its size."""
+
+    asked: Asked | None = None
+    states: WantedStates | None = None  # static
+    functions: Functions = NO_FUNCTIONS
+    kernels: Kernels = XLA
+
+
+PLAIN = Options()
 
 
 def extend(
@@ -87,32 +106,87 @@ def extend(
     packed_rows: Int[Array, "B fields"],
     *,
     num_tokens: int,
-    asked: Asked | None = None,
-    kernels: Kernels = XLA,
+    options: Options = PLAIN,
 ) -> tuple[KVCache, RequestState, Outputs]:
     """One pass over `num_tokens` flat tokens, and the token drawn for each row."""
-    rows, state = _begin(cache, state, packed_rows)
-    page_table, sampling = _of_rows(state, rows)
-    batch = _ragged_batch(state.tokens, page_table, sampling, rows, num_tokens)
-    hidden, new_cache = model(batch, cache, kernels)
-    assert new_cache is not None, "a model given a cache returns one"
-    assert batch.query_starts is not None, "a ragged batch"
-    of_inputs = None
-    if asked is not None and asked.wanted.of_inputs:
-        row = jnp.minimum(batch.rows, len(rows.slots) - 1)  # of padding nobody reads anything
-        of_inputs = logprobs_by_blocks(
-            hidden,
-            model.logits,
-            state.tokens.at[rows.slots[row], batch.positions + 1].get(mode="clip"),
-            asked.ids[row],
-            asked.wanted.top,
-        )
-    last = hidden[jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
-    tokens, drawn, of_drawn = _draw(
-        model, last, state.tokens, sampling, rows, batch.kv_lens, rows.num_draws > 0, asked, kernels
+    cache, state, logits, told = read(
+        model, cache, state, packed_rows, num_tokens=num_tokens, options=options
     )
-    of_drawn = jax.tree.map(lambda leaf: leaf[None], of_drawn)
-    return new_cache, state._replace(tokens=tokens), Outputs(drawn[None], of_drawn, of_inputs)
+    state, drawn = draw(state, packed_rows, logits, options=options)
+    return cache, state, told._replace(drawn=drawn.drawn, of_drawn=drawn.of_drawn)
+
+
+def read(
+    model: Model,
+    cache: KVCache,
+    state: RequestState,
+    packed_rows: Int[Array, "B fields"],
+    *,
+    num_tokens: int | None,
+    options: Options = PLAIN,
+) -> tuple[KVCache, RequestState, Float32[Array, "B V"], Outputs]:
+    """The first part of a step: one pass over `num_tokens` flat tokens, or over one token of each
+    row where that is None, the logits behind each row, and what is wanted to know of its tokens."""
+    rows, state = _begin(cache, state, packed_rows)
+    page_table, settings = _of_rows(state, rows)
+    is_active = rows.query_lens > 0
+    if num_tokens is None:
+        batch = _decode_batch(state.tokens, page_table, settings.sampling, rows, is_active, 0)
+    else:
+        batch = _ragged_batch(state.tokens, page_table, settings.sampling, rows, num_tokens)
+    hidden, cache, states = _pass(model, batch, cache, settings, options)
+    of_inputs = _tell_inputs(model, hidden, state.tokens, rows, batch, options.asked)
+    if batch.query_starts is not None:
+        hidden = hidden[jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
+    with jax.named_scope("logits"):
+        logits = model.logits(hidden)
+    nothing_drawn = jnp.zeros((0, len(rows.slots)), jnp.int32)
+    states = states and states._replace(last=states.last[None])
+    return cache, state, logits, Outputs(nothing_drawn, None, of_inputs, states)
+
+
+def draw(
+    state: RequestState,
+    packed_rows: Int[Array, "B fields"],
+    logits: Float32[Array, "B V"],
+    masks: Int32[Array, "B words"] | None = None,
+    *,
+    options: Options = PLAIN,
+) -> tuple[RequestState, Outputs]:
+    """The second part of a step: a token for each row that draws, of those that its mask allows."""
+    adjusted = adjusted_logits(state, packed_rows, logits, masks)
+    return choose(state, packed_rows, adjusted, logits, options=options)
+
+
+def adjusted_logits(
+    state: RequestState,
+    packed_rows: Int[Array, "B fields"],
+    logits: Float32[Array, "B V"],
+    masks: Int32[Array, "B words"] | None,
+) -> Float32[Array, "B V"]:
+    """The beginning of `draw`: logits with penalties, bans and biases, -inf where masks say so."""
+    rows = _unpacked(packed_rows)
+    sampling, lengths = _of_rows(state, rows)[1].sampling, rows.starts + rows.query_lens
+    with jax.named_scope("adjust"):
+        logits = adjust(logits, sampling, state.tokens, rows.slots, lengths)
+        return logits if masks is None else allow_only(logits, masks)
+
+
+def choose(
+    state: RequestState,
+    packed_rows: Int[Array, "B fields"],
+    adjusted: Float32[Array, "B V"],
+    logits: Float32[Array, "B V"],
+    *,
+    options: Options = PLAIN,
+) -> tuple[RequestState, Outputs]:
+    """The rest of `draw`; the logits are those of the model."""
+    rows = _unpacked(packed_rows)
+    settings, lengths = _of_rows(state, rows)[1], rows.starts + rows.query_lens
+    draws = rows.num_draws > 0
+    state, *told = _choose(state, settings, rows, lengths, draws, adjusted, logits, options)
+    drawn, of_drawn = jax.tree.map(lambda leaf: leaf[None], tuple(told))
+    return state, Outputs(drawn, of_drawn)
 
 
 def decode(
@@ -122,8 +196,7 @@ def decode(
     packed_rows: Int[Array, "B fields"],
     *,
     num_steps: int,
-    asked: Asked | None = None,
-    kernels: Kernels = XLA,
+    options: Options = PLAIN,
 ) -> tuple[KVCache, RequestState, Outputs]:
     """`num_steps` tokens of each row, one after the other, of those rows that want so many.
 
@@ -131,90 +204,140 @@ def decode(
     what a row draws after an end-of-sequence token, is for the caller to drop.
     """
     rows, state = _begin(cache, state, packed_rows)
-    page_table, sampling = _of_rows(state, rows)  # the same in every step, so read before the loop
+    page_table, settings = _of_rows(state, rows)  # the same in every step, so read before the loop
 
     def advance(step, carry):
-        cache, tokens, told = carry
+        cache, tokens, memory, told = carry
         # A row that draws nothing is the end of a prompt whose continuation nobody wants.
         is_active = (rows.query_lens > 0) & (step < jnp.maximum(rows.num_draws, 1))
-        batch = _decode_batch(tokens, page_table, sampling, rows, is_active, step)
+        batch = _decode_batch(tokens, page_table, settings.sampling, rows, is_active, step)
+        hidden, cache, states = _pass(model, batch, cache, settings, options)
+        with jax.named_scope("logits"):
+            logits = model.logits(hidden)
+        adjusted = adjust(logits, settings.sampling, tokens, rows.slots, batch.kv_lens)
+        now = state._replace(tokens=tokens, memory=memory)
         draws = is_active & (rows.num_draws > 0)
-        hidden, new_cache = model(batch, cache, kernels)
-        assert new_cache is not None, "a model given a cache returns one"
-        tokens, *new = _draw(
-            model, hidden, tokens, sampling, rows, batch.kv_lens, draws, asked, kernels
-        )
-        told = jax.tree.map(lambda all, one: all.at[step].set(one), told, tuple(new))
-        return new_cache, tokens, told
+        now, *new = _choose(now, settings, rows, batch.kv_lens, draws, adjusted, logits, options)
+        new = (*new, states and states.last)
+        told = jax.tree.map(lambda all, one: all.at[step].set(one), told, new)
+        return cache, now.tokens, now.memory, told
 
-    carry = cache, state.tokens, _nothing_told(num_steps, len(packed_rows), asked)
-    if num_steps == 1:
-        cache, tokens, told = advance(0, carry)
-    else:
-        cache, tokens, told = lax.fori_loop(0, num_steps, advance, carry)
-    return cache, state._replace(tokens=tokens), Outputs(*told)
+    nothing = _nothing_told(num_steps, len(packed_rows), options)
+    if options.states is not None:
+        is_active = rows.query_lens > 0
+        batch = _decode_batch(state.tokens, page_table, settings.sampling, rows, is_active, 0)
+        shapes = jax.eval_shape(lambda: _pass(model, batch, cache, settings, options)[2])
+        nothing = (*nothing[:2], jnp.zeros((num_steps, *shapes.last.shape), shapes.last.dtype))
+    carry = cache, state.tokens, state.memory, nothing
+    carry = advance(0, carry) if num_steps == 1 else lax.fori_loop(0, num_steps, advance, carry)
+    cache, tokens, memory, (drawn, of_drawn, states) = carry
+    told = Outputs(drawn, of_drawn, None, None if states is None else States(states, None))
+    return cache, state._replace(tokens=tokens, memory=memory), told
 
 
 def _nothing_told(
-    num_steps: int, num_rows: int, asked: Asked | None
-) -> tuple[Int[Array, "steps B"], Told | None]:
-    """What `_draw` tells, in place of each step's."""
+    num_steps: int, num_rows: int, options: Options
+) -> tuple[Int[Array, "steps B"], Told | None, None]:
+    """What `_choose` tells, in place of each step's."""
     drawn = jnp.zeros((num_steps, num_rows), jnp.int32)
-    if asked is None:
-        return drawn, None
-    of_drawn = Told(
-        of_token=jnp.zeros(drawn.shape),
-        top=jnp.zeros((*drawn.shape, asked.wanted.top)),
-        top_ids=jnp.zeros((*drawn.shape, asked.wanted.top), jnp.int32),
-        of_ids=jnp.zeros((*drawn.shape, asked.ids.shape[1])),
-    )
-    return drawn, of_drawn
+    of_drawn = None
+    if options.asked is not None:
+        wanted, ids = options.asked.wanted, options.asked.ids
+        of_drawn = Told(
+            of_token=jnp.zeros(drawn.shape),
+            top=jnp.zeros((*drawn.shape, wanted.top)),
+            top_ids=jnp.zeros((*drawn.shape, wanted.top), jnp.int32),
+            of_ids=jnp.zeros((*drawn.shape, ids.shape[1])),
+        )
+    return drawn, of_drawn, None
+
+
+def _unpacked(packed_rows: Int[Array, "B fields"]) -> RowInputs:
+    return RowInputs(*(packed_rows[:, field] for field in range(NUM_ROW_FIELDS)))
 
 
 def _begin(
     cache: KVCache, state: RequestState, packed_rows: Int[Array, "B fields"]
 ) -> tuple[RowInputs, RequestState]:
     """The rows unpacked, their new pages in the table."""
-    rows = RowInputs(*(packed_rows[:, field] for field in range(NUM_ROW_FIELDS)))
-    page_size, page_table = cache[0].shape[3], state.page_table
+    rows, page_table = _unpacked(packed_rows), state.page_table
+    if not cache:
+        return rows, state
     # The page that begins at the row's first token, or at the next position where one begins.
+    page_size = cache[0].shape[3]
     index = jnp.where(rows.new_pages > 0, -(-rows.starts // page_size), page_table.shape[1])
     page_table = page_table.at[rows.slots, index].set(rows.new_pages, mode="drop")
     return rows, state._replace(page_table=page_table)
 
 
-def _of_rows(state: RequestState, rows: RowInputs) -> tuple[Int[Array, "B P"], SamplingState]:
-    sampling = jax.tree.map(lambda leaf: leaf[rows.slots], state.sampling)
-    return state.page_table[rows.slots], sampling
+def _of_rows(state: RequestState, rows: RowInputs) -> tuple[Int[Array, "B P"], Settings]:
+    settings = jax.tree.map(lambda leaf: leaf[rows.slots], state.settings)
+    return state.page_table[rows.slots], settings
 
 
-def _draw(
+def _pass(
+    model: Model, batch: Batch, cache: KVCache, settings: Settings, options: Options
+) -> tuple[Float[Array, "T D"], KVCache, States | None]:
+    """The final hidden states of all tokens, and those asked for of each row's last."""
+    wanted = options.states
+    places = [] if wanted is None else [Place(*place) for place in wanted.places]
+    taps = Taps(options.functions.edits(batch, settings.choices, len(cache)), places)
+    hidden, new_cache = model(batch, cache, options.kernels, taps)
+    assert new_cache is not None, "a model given a cache returns one"
+    if wanted is None:
+        return hidden, new_cache, None
+    values = jnp.stack([taps.values[place] for place in places])
+    last = values
+    if batch.query_starts is not None:
+        last = values[:, jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
+    return hidden, new_cache, States(last, values if wanted.of_inputs else None)
+
+
+def _tell_inputs(
     model: Model,
-    hidden: Float[Array, "B D"],
+    hidden: Float[Array, "T D"],
     tokens: Int[Array, "R C"],
-    sampling: SamplingState,
+    rows: RowInputs,
+    batch: Batch,
+    asked: Asked | None,
+) -> Told | None:
+    if asked is None or not asked.wanted.of_inputs:
+        return None
+    row = jnp.minimum(batch.rows, len(rows.slots) - 1)  # of padding nobody reads anything
+    return logprobs_by_blocks(
+        hidden,
+        model.logits,
+        tokens.at[rows.slots[row], batch.positions + 1].get(mode="clip"),
+        asked.ids[row],
+        asked.wanted.top,
+    )
+
+
+def _choose(
+    state: RequestState,
+    settings: Settings,
     rows: RowInputs,
     lengths: Int[Array, " B"],
     draws: Bool[Array, " B"],
-    asked: Asked | None,
-    kernels: Kernels,
-) -> tuple[Int[Array, "R C"], Int[Array, " B"], Told | None]:
-    """The histories, one token drawn for each row and appended to those that want it, and what is
+    adjusted: Float32[Array, "B V"],
+    logits: Float32[Array, "B V"],
+    options: Options,
+) -> tuple[RequestState, Int[Array, " B"], Told | None]:
+    """One token drawn for each row and appended to the histories of those that want it, and what is
     wanted to know of what it was drawn from."""
-    with jax.named_scope("logits"):
-        logits = model.logits(hidden)
+    tokens, sampling, kernels = state.tokens, settings.sampling, options.kernels
+    how: Any = dict(implementation=kernels.sampling, interpret=kernels.interpret)
     with jax.named_scope("sample"):
-        drawn, adjusted = sample(
-            logits,
-            sampling,
-            tokens,
-            rows.slots,
-            lengths,
-            implementation=kernels.sampling,
-            interpret=kernels.interpret,
+        adjusted, drawn, memory = options.functions.choose(
+            adjusted,
+            lambda: _seen(tokens, sampling, rows, lengths),
+            settings.choices,
+            jax.tree.map(lambda leaf: leaf[rows.slots], state.memory),
+            lambda logits: sample(logits, sampling, lengths, **how),
         )
     of_drawn = None
-    if asked is not None:
+    if options.asked is not None:
+        asked = options.asked
         if not asked.is_raw:
             is_greedy = sampling.temperature == 0
             logits = adjusted / jnp.where(is_greedy, 1, sampling.temperature)[:, None]
@@ -222,7 +345,28 @@ def _draw(
     # A row that does not draw writes nowhere: its next token is known and already in the history.
     target = jnp.where(draws, lengths, tokens.shape[1])
     tokens = tokens.at[rows.slots, target].set(jnp.maximum(drawn, 0), mode="drop")
-    return tokens, drawn, of_drawn
+    # The same holds for what is remembered of it.
+    slots = jnp.where(draws, rows.slots, len(tokens))
+    keep = lambda all_rows, new: all_rows.at[slots].set(new, mode="drop")
+    memory = jax.tree.map(keep, state.memory, memory)
+    return state._replace(tokens=tokens, memory=memory), drawn, of_drawn
+
+
+def _seen(
+    tokens: Int[Array, "R C"],
+    sampling: SamplingState,
+    rows: RowInputs,
+    lengths: Int[Array, " B"],
+) -> Row:
+    """What registered functions see of the rows."""
+    keys = jax.random.wrap_key_data(sampling.seed, impl="threefry2x32")
+    return Row(
+        tokens=tokens[rows.slots],
+        length=lengths,
+        prompt_len=sampling.prompt_lens,
+        key=jax.vmap(jax.random.fold_in)(keys, lengths),
+        sampling=sampling,
+    )
 
 
 def _decode_batch(
@@ -271,35 +415,4 @@ def _ragged_batch(
         kv_lens=rows.starts + rows.query_lens,
         prompt_lens=sampling.prompt_lens,
         page_table=page_table,
-    )
-
-
-class InstallInputs(NamedTuple):
-    """What goes into the slots of newly admitted requests, and a stretch of each one's tokens.
-
-    The tokens travel flat, one row's behind the other's. A row without a request has no tokens, and
-    a slot that does not exist.
-    """
-
-    slots: Int[Array, " I"]
-    starts: Int[Array, " I"]  # position of the first token
-    num_tokens: Int[Array, " I"]
-    sampling: Int[Array, "I fields"]  # as `sampling.pack` makes them
-    page_table: Int[Array, "I P"]
-    tokens: Int[Array, " F"]
-
-
-def install(state: RequestState, new: InstallInputs) -> RequestState:
-    """Fills slots. A history too long for one call comes in several, which all fill the slot."""
-    row_ids = rows_of(new.num_tokens, len(new.tokens))
-    row = jnp.minimum(row_ids, len(new.slots) - 1)
-    offset = (
-        jnp.arange(len(new.tokens), dtype=jnp.int32)
-        - (jnp.cumsum(new.num_tokens) - new.num_tokens)[row]
-    )
-    slot = jnp.where(row_ids < len(new.slots), new.slots[row], len(state.tokens))
-    return RequestState(
-        tokens=state.tokens.at[slot, new.starts[row] + offset].set(new.tokens, mode="drop"),
-        page_table=state.page_table.at[new.slots].set(new.page_table, mode="drop"),
-        sampling=install_sampling(state.sampling, new.slots, new.sampling),
     )

@@ -46,6 +46,7 @@ class Request:
     seed: int
     priority: int = 0
     logprobs: Logprobs | None = None  # where some are asked for
+    processor: Any = None  # a `CustomLogitProcessor`
     stop_text: Any = None  # `results.StopText`, where there are stop strings
     stream_interval: int | None = None  # None: report the end only
     report: Callable[[], None] = lambda: None  # called by the loop's thread after new progress
@@ -86,6 +87,11 @@ class Request:
     @property
     def num_pending(self) -> int:
         return self.length - self.num_computed
+
+    @property
+    def pauses(self) -> bool:
+        """Whether the host has its say before each token is drawn."""
+        return self.processor is not None
 
     @property
     def can_run(self) -> bool:

@@ -1,25 +1,37 @@
 """The device: parameters, KV pool and request state, and the compiled steps over them.
 
 `submit` turns a plan into one upload and one launch and returns at once; `collect` waits for its
-tokens. It knows slots, pages and sizes, and nothing of queues, text or users.
+tokens. A plan that pauses is only read by `submit`, and ends with `draw`, once the host knows what
+may be drawn. It knows slots, pages and sizes, and nothing of queues, text or users.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxengine import programs
 from jaxengine.compiling import Bucket, thinned
-from jaxengine.logprobs import Told, Wanted
-from jaxengine.programs import InstallInputs, Outputs, RequestState, RowInputs
+from jaxengine.logprobs import Told
+from jaxengine.programs import Outputs, RowInputs
 from jaxengine.request import Request
+from jaxengine.request_state import InstallInputs, RequestState
+from jaxengine.sampling.masks import everything
 from jaxengine.scheduler import StepPlan
-from jaxengine.step_programs import INSTALL, INSTALL_ROWS, StepPrograms
+from jaxengine.step_programs import INSTALL, INSTALL_ROWS, WHOLE, StepPrograms, Variant
 
 logger = logging.getLogger("jaxengine")
+
+
+class Paused(NamedTuple):
+    """A plan whose tokens are yet to be drawn."""
+
+    rows: np.ndarray  # packed
+    variant: Variant
+    logits: jax.Array  # [B, V]
+    told: Outputs
 
 
 class Runner:
@@ -38,29 +50,61 @@ class Runner:
             key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
         }
         self._programs, self._num_pages = steps, num_pages
-        self._telling: dict[tuple[Bucket, Wanted], Any] = {}  # steps that tell of distributions
-        self._telling_sizes = thinned(self._steps)
+        self._variants: dict[Any, Any] = {}  # compiled when they are first needed
+        self._thinned = thinned(self._steps)  # the sizes that these have
         self._empty_install = steps.empty_install()
-        self._pack_sampling = steps.pack_sampling
         self._cache, self._state = steps.make_buffers(num_pages)
         self._num_slots = self._state.tokens.shape[0] - 1
         self._warm_up()
 
-    def submit(self, plan: StepPlan) -> Outputs:
+    def submit(self, plan: StepPlan) -> Outputs | Paused:
         """Starts a step; what it tells is on its way to the host when `collect` asks for it."""
         self._admit(plan.admitted)
-        bucket, wanted = self._bucket(plan), plan.wanted
-        packed = self._padding_rows(bucket.num_rows, 0 if wanted is None else wanted.ids)
-        fields = [row[1:] for row in plan.rows]  # all but the request
-        packed[: len(plan.rows), : programs.NUM_ROW_FIELDS] = fields
-        if wanted is not None:
-            for index, row in enumerate(plan.rows):
-                ids = row.request.logprobs.ids if row.request.logprobs else ()
-                packed[index, programs.NUM_ROW_FIELDS :][: len(ids)] = ids
-        told = self._run(bucket, packed, wanted)
-        for leaf in jax.tree.leaves(told):
-            leaf.copy_to_host_async()
-        return told
+        variant = Variant("read" if plan.pauses else "whole", plan.wanted, plan.states)
+        bucket = self._bucket(plan, variant)
+        rows = self._packed_rows(plan, bucket.num_rows, variant)
+        made = self._run(bucket, rows, variant)
+        if not plan.pauses:
+            return _sent(made[0])
+        return Paused(rows, variant, *made)
+
+    def everything(self, num_rows: int) -> np.ndarray:
+        """Packed bits that allow so many rows every token."""
+        return everything(num_rows, self._programs.vocab_size)
+
+    def adjust(self, paused: Paused, masks: np.ndarray) -> np.ndarray:
+        """The logits `[B, V]` of a paused plan after the engine's own adjustments, for the tokens
+        that packed bits `[rows, words]` allow."""
+        return np.array(self._draw("adjust", paused, paused.logits, self._padded(masks, paused))[0])
+
+    def draw(self, paused: Paused, masks: np.ndarray) -> Outputs:
+        """Draws the tokens of a paused plan, of those that packed bits allow."""
+        return self._drawn(
+            paused, self._draw("draw", paused, paused.logits, self._padded(masks, paused))
+        )
+
+    def choose(self, paused: Paused, adjusted: np.ndarray) -> Outputs:
+        """Draws them from logits that were made of what `adjust` gave."""
+        logits = jax.device_put(adjusted, paused.logits.sharding)
+        return self._drawn(paused, self._draw("choose", paused, logits, paused.logits))
+
+    def _draw(self, part: Any, paused: Paused, *given: Any) -> Sequence[Any]:
+        rows, variant = paused.rows, paused.variant._replace(part=part, states=None)
+        program = self._variant(
+            (len(rows), variant), lambda: self._programs.trace_draw(len(rows), variant)
+        )
+        *changing, settings = self._state
+        return program(tuple(changing), settings, rows, *given)
+
+    def _drawn(self, paused: Paused, made: Sequence[Any]) -> Outputs:
+        changing, drawn = made
+        self._state = RequestState(*changing, settings=self._state.settings)
+        return _sent(paused.told._replace(drawn=drawn.drawn, of_drawn=drawn.of_drawn))
+
+    def _padded(self, masks: np.ndarray, paused: Paused) -> np.ndarray:
+        padded = self.everything(len(paused.rows))
+        padded[: len(masks)] = masks
+        return padded
 
     def collect(self, told: Outputs) -> list[list[int]]:
         """The tokens of a submitted plan, for each bucket row one of each step; -1 for logits that
@@ -78,35 +122,37 @@ class Runner:
             if not leaf.is_deleted():
                 leaf.delete()
         self._params = self._cache = ()
-        del self._state, self._install, self._steps, self._telling
+        del self._state, self._install, self._steps, self._variants
 
-    def _bucket(self, plan: StepPlan) -> Bucket:
+    def _bucket(self, plan: StepPlan, variant: Variant = WHOLE) -> Bucket:
         """The smallest that holds the plan: a decoding one if there is one so large."""
         fitting = [
             bucket
-            for bucket in (self._steps if plan.wanted is None else self._telling_sizes)
+            for bucket in (self._steps if variant == WHOLE else self._thinned)
             if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
         ]
         decoding = (bucket for bucket in fitting if bucket.num_steps == plan.num_steps)
         return next(decoding, None) or next(bucket for bucket in fitting if not bucket.num_steps)
 
-    def _run(self, bucket: Bucket, packed: np.ndarray, wanted: Wanted | None = None) -> Outputs:
-        state, step = self._state, self._steps[bucket]
-        if wanted is not None:
-            step = self._telling_step(bucket, wanted)
-        self._cache, tokens, page_table, told = step(
-            self._params, self._cache, state.tokens, state.page_table, state.sampling, packed
-        )
-        self._state = RequestState(tokens, page_table, state.sampling)
-        return told
+    def _run(self, bucket: Bucket, rows: np.ndarray, variant: Variant = WHOLE) -> Sequence[Any]:
+        step = self._steps[bucket]
+        if variant != WHOLE:
+            step = self._variant(
+                (bucket, variant),
+                lambda: self._programs.trace_step(bucket, self._num_pages, variant),
+            )
+        *changing, settings = self._state
+        given = self._params, self._cache, tuple(changing), settings, rows
+        self._cache, changing, *made = step(*given)
+        self._state = RequestState(*changing, settings=settings)
+        return made
 
-    def _telling_step(self, bucket: Bucket, wanted: Wanted) -> Any:
-        """Compiled when it is first needed: most engines are never asked."""
-        key = bucket, wanted
-        if key not in self._telling:
-            logger.info("compiling %s for log-probabilities; later starts will load it", bucket)
-            self._telling[key] = self._programs.trace_step(bucket, self._num_pages, wanted)()
-        return self._telling[key]
+    def _variant(self, key: Any, trace: Callable[[], Callable[[], Any]]) -> Any:
+        """Compiled when it is first needed: most engines never are asked for any."""
+        if key not in self._variants:
+            logger.info("compiling %s; later starts will load it", key)
+            self._variants[key] = trace()()
+        return self._variants[key]
 
     def _admit(self, requests: Sequence[Request]) -> None:
         """Installs requests, several at a time; a long history in as many calls as it takes."""
@@ -129,14 +175,24 @@ class Runner:
         for index, (request, start, tokens) in enumerate(rows):
             new.slots[index], new.starts[index] = request.slot, start
             new.num_tokens[index] = len(tokens)
-            new.sampling[index] = self._pack_sampling(request)
+            new.settings[index] = self._programs.pack_settings(request)
             new.page_table[index, : len(request.pages)] = request.pages
             new.tokens[end : end + len(tokens)] = tokens
             end += len(tokens)
         self._state = self._install(self._state, new)
 
-    def _padding_rows(self, num_rows: int, num_ids: int = 0) -> np.ndarray:
-        packed = np.zeros((num_rows, programs.NUM_ROW_FIELDS + num_ids), np.int32)
+    def _packed_rows(self, plan: StepPlan, num_rows: int, variant: Variant) -> np.ndarray:
+        packed = self._padding_rows(num_rows, variant)
+        fields = [row[1:] for row in plan.rows]  # all but the request
+        packed[: len(plan.rows), : programs.NUM_ROW_FIELDS] = fields
+        if variant.wanted is not None:
+            for index, row in enumerate(plan.rows):
+                ids = row.request.logprobs.ids if row.request.logprobs else ()
+                packed[index, programs.NUM_ROW_FIELDS :][: len(ids)] = ids
+        return packed
+
+    def _padding_rows(self, num_rows: int, variant: Variant = WHOLE) -> np.ndarray:
+        packed = np.zeros((num_rows, variant.num_fields), np.int32)
         packed[:, RowInputs._fields.index("slots")] = self._num_slots
         return packed
 
@@ -145,3 +201,10 @@ class Runner:
         request."""
         for bucket in self._steps:
             jax.block_until_ready(self._run(bucket, self._padding_rows(bucket.num_rows)))
+
+
+def _sent(told: Outputs) -> Outputs:
+    """On its way to the host. Hidden states stay where they are."""
+    for leaf in jax.tree.leaves(told._replace(states=None)):
+        leaf.copy_to_host_async()
+    return told

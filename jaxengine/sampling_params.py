@@ -13,6 +13,7 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_REGEXES = 32
 MAX_STOP_REGEX_BYTES = 256
 MAX_STOP_TOKEN_IDS = 64
+MAX_FUNCTIONS = 64
 MAX_LOGIT_BIAS = 1024
 """Entries of `logit_bias`: every running request has room for so many on the device."""
 
@@ -42,7 +43,6 @@ UNAVAILABLE = {
     "regex": "structured output",
     "ebnf": "structured output",
     "structural_tag": "structured output",
-    "custom_params": "a custom logit processor",
     "beam_width": "beam search",
     "watermark": "watermarking",
 }
@@ -87,7 +87,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
-    custom_params: dict[str, Any] | None = None
+    logits_processors: str | list[str] | tuple[str, ...] | None = None  # registered ones, by name
+    interventions: str | list[str] | tuple[str, ...] | None = None
+    custom_params: dict[str, Any] | None = None  # of these, and of a custom logit processor
     stream_interval: int | None = None  # None: the engine's
     logit_bias: Mapping[str | int, float] | None = None
     sampling_seed: int | None = None  # None: the engine draws one
@@ -99,6 +101,7 @@ class SamplingParams:
         self._set_numbers()
         self._set_flags()
         self._set_stops()
+        self._set_functions()
         if self.logit_bias is not None:
             self._set("logit_bias", _biases(self.logit_bias))
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
@@ -119,6 +122,11 @@ class SamplingParams:
             if name not in known:
                 raise TypeError(_unknown(name, known))
         return cls(**values)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of all registered functions that it chooses."""
+        return (*(self.logits_processors or ()), *(self.interventions or ()))
 
     @property
     def is_greedy(self) -> bool:
@@ -182,6 +190,13 @@ class SamplingParams:
                 if value is not None and not isinstance(value, bool):
                     raise ValueError(f"{field.name}: expected True or False, got {value!r}")
                 self._set(field.name, field.default if value is None else value)
+
+    def _set_functions(self) -> None:
+        for name in ("logits_processors", "interventions"):
+            self._set(name, _strings(name, getattr(self, name), MAX_FUNCTIONS))
+        params = self.custom_params
+        if params is not None and not isinstance(params, Mapping):
+            raise ValueError(f"custom_params: expected a dict, got {params!r}")
 
     def _set_stops(self) -> None:
         self._set("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))

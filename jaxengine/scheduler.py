@@ -13,6 +13,7 @@ by rows of the very step that writes them: a layer writes the K and V of all row
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxengine.hidden_states import WantedStates
 from jaxengine.logprobs import Wanted, merged
 from jaxengine.pages import PagePool
 from jaxengine.prefix_tree import Node, PrefixTree
@@ -46,6 +47,8 @@ class StepPlan(NamedTuple):
     num_tokens: int
     num_steps: int  # of decoding, one token a row each; 0 if some row reads several at once
     wanted: Wanted | None = None  # to know of distributions
+    states: WantedStates | None = None  # hidden ones
+    pauses: bool = False  # between the model and the draw, for the host to have its say
 
 
 class Scheduler:
@@ -147,7 +150,14 @@ class Scheduler:
         self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY**num_steps)
         num_tokens = sum(row.query_len for row in rows)
         num_steps = num_steps if num_tokens == len(rows) else 0
-        return StepPlan(tuple(rows), tuple(admitted), num_tokens, num_steps, _wanted(rows))
+        return StepPlan(
+            tuple(rows),
+            tuple(admitted),
+            num_tokens,
+            num_steps,
+            wanted=_wanted(rows),
+            pauses=any(row.request.pauses and row.num_draws for row in rows),
+        )
 
     def _num_steps(self, decoding: Sequence[Request]) -> int:
         """Steps to decode in one launch: several if all there is to do is decoding, nobody waits
@@ -155,6 +165,8 @@ class Scheduler:
         has_candidates = self.num_waiting > 0 and not self._holds_back
         has_many = len(decoding) > min(self._max_decode_rows, self._num_available)
         if has_candidates or has_many or not decoding:
+            return 1
+        if any(request.pauses for request in decoding):
             return 1
         longest = max(request.num_to_compute - request.num_computed for request in decoding)
         at_once = min(request.stream_interval or longest for request in decoding)

@@ -1,11 +1,11 @@
-"""What there is to compile for a model, over shapes alone: its steps, each for a launch size, and
-the program that installs requests. How they are run is the runner's.
+"""What there is to compile for a model, over shapes alone: its steps, each for a launch size, whole
+or in two parts, and the program that installs requests. How they are run is the runner's.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -14,12 +14,15 @@ from flax import nnx
 from jaxengine import programs
 from jaxengine.compiling import Bucket
 from jaxengine.executables import Executables
+from jaxengine.functions import NO_FUNCTIONS, Functions
+from jaxengine.hidden_states import WantedStates
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
-from jaxengine.programs import InstallInputs, RequestState
 from jaxengine.request import Request
-from jaxengine.sampling import empty_state, pack
+from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
+from jaxengine.sampling import num_fields, pack
+from jaxengine.sampling.masks import num_words
 
 INSTALL = "install"  # key of the one program that is not a step
 INSTALL_ROWS = 8  # requests that it installs at a time
@@ -33,6 +36,24 @@ EXTEND_OPTIONS = {
 }
 
 
+class Variant(NamedTuple):
+    """Which program for a launch size: a whole step, the part of one before the host's say on what
+    may be drawn or the part behind it, itself in two where the host has its say on logits; and what
+    it tells."""
+
+    part: Literal["whole", "read", "draw", "adjust", "choose"] = "whole"
+    wanted: Wanted | None = None
+    states: WantedStates | None = None
+
+    @property
+    def num_fields(self) -> int:
+        """Of a packed row."""
+        return programs.NUM_ROW_FIELDS + (self.wanted.ids if self.wanted else 0)
+
+
+WHOLE = Variant()
+
+
 class StepPrograms:
     """What there is to compile for a model: every lowering, over shapes alone."""
 
@@ -42,6 +63,7 @@ class StepPrograms:
         params: Any,  # tree of arrays or shapes, with shardings
         *,
         num_layers: int,
+        vocab_size: int,
         page_shape: tuple[int, int, int],  # kv heads, page size, head size
         cache_dtype: Any,
         num_slots: int,
@@ -51,29 +73,32 @@ class StepPrograms:
         device: Any,
         kernels: Kernels = XLA,
         has_raw_logprobs: bool = False,
+        functions: Functions = NO_FUNCTIONS,
     ):
         self.device = device
+        self.functions = functions
         self._kernels = kernels
-        self._executables = Executables(device)
+        # What others wrote is not known by its name: it is traced each time.
+        self._executables = Executables(device, keeps=not functions)
         self._has_raw_logprobs = has_raw_logprobs
         self._identity = repr((graphdef, kernels, has_raw_logprobs))
         leaves, self._params_tree = jax.tree.flatten(params)
         self.params = self._placed(tuple(leaves))
         self._graphdef = graphdef
         self._num_layers = num_layers
+        self.vocab_size = vocab_size
         self._page_shape = page_shape
         self._cache_dtype = cache_dtype
-        self._make_state = lambda: RequestState(
-            *programs.empty_tables(num_slots, context_length, page_shape[1]),
-            sampling=empty_state(num_slots + 1, num_stop_ids, num_bias),
+        self._make_state = partial(
+            empty_request_state,
+            num_slots,
+            context_length,
+            page_shape[1],
+            num_stop_ids=num_stop_ids,
+            num_bias=num_bias,
+            functions=functions,
         )
         self._num_stop_ids, self._num_bias = num_stop_ids, num_bias
-
-    @property
-    def num_sampling_fields(self) -> int:
-        """Length of a packed row of sampling parameters."""
-        state = self.state_shapes.sampling
-        return sum(leaf.size // leaf.shape[0] for leaf in state)
 
     @property
     def page_bytes(self) -> int:
@@ -96,8 +121,9 @@ class StepPrograms:
             zeros = jax.jit(lambda: tuple(jax.numpy.zeros(s.shape, s.dtype) for s in shapes))
             return zeros(), jax.jit(self._make_state)()
 
-    def pack_sampling(self, request: Request) -> np.ndarray:
-        return pack(
+    def pack_settings(self, request: Request) -> np.ndarray:
+        """How a request is to be continued, in one row for `install`."""
+        sampling = pack(
             request.sampling,
             prompt_len=len(request.prompt_ids),
             seed=request.seed,
@@ -105,59 +131,78 @@ class StepPrograms:
             num_stop_ids=self._num_stop_ids,
             num_bias=self._num_bias,
         )
+        if not self.functions:
+            return sampling
+        chosen = request.sampling.functions, request.sampling.custom_params or {}
+        return np.concatenate([sampling, self.functions.pack(*chosen)])
 
-    def lower_step(self, bucket: Bucket, num_pages: int, wanted: Wanted | None = None) -> Any:
-        step = partial(self._step, bucket=bucket, wanted=wanted)
+    def lower_step(self, bucket: Bucket, num_pages: int, variant: Variant = WHOLE) -> Any:
+        step = partial(self._step, bucket=bucket, variant=variant)
         kind = f"decode{bucket.num_steps}" if bucket.num_steps else f"extend_{bucket.num_tokens}"
         step.__name__ = f"{kind}x{bucket.num_rows}"  # type: ignore[attr-defined]
-        with _exact_float32(self.params):
-            return jax.jit(step, donate_argnums=(1, 2, 3)).lower(
-                *self._step_arguments(bucket, num_pages, wanted)
-            )
+        return self._lower(step, self.step_arguments(bucket, num_pages, variant), (1, 2))
 
     def trace_step(
-        self, bucket: Bucket, num_pages: int, wanted: Wanted | None = None
+        self, bucket: Bucket, num_pages: int, variant: Variant = WHOLE
     ) -> Callable[[], Any]:
-        """What compiles a step, or loads it."""
+        """What compiles a step or the first part of one, or loads it."""
         is_extend = self.device.platform == "gpu" and not bucket.num_steps
         options = EXTEND_OPTIONS if is_extend else None
-        arguments = self._step_arguments(bucket, num_pages, wanted)
-        _, cache, tokens, page_table, *_ = arguments
-        results = cache, tokens, page_table, programs.outputs_structure(wanted)
+        arguments = self.step_arguments(bucket, num_pages, variant)
+        made = programs.structure_of_made(*variant)
+        results = arguments[1], arguments[2], *made
         return self._executables.through(
-            ("step", bucket, wanted, options, self._identity, arguments),
+            ("step", bucket, variant, options, self._identity, arguments),
             in_tree=jax.tree.structure((arguments, {})),
             out_tree=jax.tree.structure(results),
             trace=lambda: partial(
-                self.lower_step(bucket, num_pages, wanted).compile, compiler_options=options
+                self.lower_step(bucket, num_pages, variant).compile, compiler_options=options
             ),
         )
 
-    def _step_arguments(
-        self, bucket: Bucket, num_pages: int, wanted: Wanted | None
-    ) -> tuple[Any, ...]:
-        fields = programs.NUM_ROW_FIELDS + (wanted.ids if wanted else 0)
-        rows = jax.ShapeDtypeStruct((bucket.num_rows, fields), np.int32)
-        state, cache = self.state_shapes, self.cache_shapes(num_pages)
-        return (
-            self.params,
-            cache,
-            state.tokens,
-            state.page_table,
-            state.sampling,
-            self._placed(rows),
+    def trace_draw(self, num_rows: int, variant: Variant) -> Callable[[], Any]:
+        """What compiles the second part of steps of so many rows, or some of it, or loads it."""
+        rows, V = self._rows(num_rows, variant), self.vocab_size
+        logits = jax.ShapeDtypeStruct((num_rows, V), np.float32)
+        masks = jax.ShapeDtypeStruct((num_rows, num_words(V)), np.int32)
+        both = logits, logits if variant.part == "choose" else masks
+        arguments = *_split(self.state_shapes), rows, *self._placed(both)
+        made = programs.structure_of_made(*variant)
+        results = made if variant.part == "adjust" else (arguments[0], *made)
+        step = partial(self._draw, variant=variant)
+        step.__name__ = f"{variant.part}_x{num_rows}"  # type: ignore[attr-defined]
+        donated = () if variant.part == "adjust" else (0, 3)
+        return self._executables.through(
+            ("draw", variant, self._identity, arguments),
+            in_tree=jax.tree.structure((arguments, {})),
+            out_tree=jax.tree.structure(results),
+            trace=lambda: self._lower(step, arguments, donated).compile,
         )
+
+    def _lower(self, step: Any, arguments: Any, donated: tuple[int, ...]) -> Any:
+        with _exact_float32(self.params):
+            return jax.jit(step, donate_argnums=donated).lower(*arguments)
+
+    def step_arguments(self, bucket: Bucket, num_pages: int, variant: Variant) -> tuple[Any, ...]:
+        """Parameters, KV pool, the request state that a step changes and that which it only reads,
+        and packed rows: shapes."""
+        rows, cache = self._rows(bucket.num_rows, variant), self.cache_shapes(num_pages)
+        return self.params, cache, *_split(self.state_shapes), rows
+
+    def _rows(self, num_rows: int, variant: Variant) -> Any:
+        return self._placed(jax.ShapeDtypeStruct((num_rows, variant.num_fields), np.int32))
 
     def empty_install(self) -> InstallInputs:
         """Inputs that install nothing, to be filled."""
         num_slots, num_pages = self.state_shapes.page_table.shape
         num_tokens = min(INSTALL_ROWS * self.state_shapes.tokens.shape[1], MAX_INSTALL_TOKENS)
         zeros: Any = partial(np.zeros, dtype=np.int32)
+        width = num_fields(self.state_shapes.settings.sampling) + self.functions.num_fields
         return InstallInputs(
             slots=zeros(INSTALL_ROWS) + np.int32(num_slots),
             starts=zeros(INSTALL_ROWS),
             num_tokens=zeros(INSTALL_ROWS),
-            sampling=zeros((INSTALL_ROWS, self.num_sampling_fields)),
+            settings=zeros((INSTALL_ROWS, width)),
             page_table=zeros((INSTALL_ROWS, num_pages)),
             tokens=zeros(num_tokens),
         )
@@ -165,26 +210,45 @@ class StepPrograms:
     def trace_install(self) -> Callable[[], Any]:
         """What compiles the program that installs requests, or loads it."""
         arguments = self.state_shapes, self._placed(self.empty_install())
+        program = partial(install, functions=self.functions)
+        program.__name__ = "install"  # type: ignore[attr-defined]
         return self._executables.through(
             ("install", arguments),
             in_tree=jax.tree.structure((arguments, {})),
             out_tree=jax.tree.structure(arguments[0]),
-            trace=lambda: jax.jit(programs.install, donate_argnums=0).lower(*arguments).compile,
+            trace=lambda: self._lower(program, arguments, (0,)).compile,
         )
 
-    def _step(self, params, cache, tokens, page_table, sampling, rows, *, bucket, wanted=None):
+    def _step(self, params, cache, changing, settings, rows, *, bucket, variant):
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
-        state = RequestState(tokens, page_table, sampling)
-        if bucket.num_steps:
+        run: Callable[..., Any]
+        if variant.part == "read":
+            run = partial(programs.read, num_tokens=None if bucket.num_steps else bucket.num_tokens)
+        elif bucket.num_steps:
             run = partial(programs.decode, num_steps=bucket.num_steps)
         else:
             run = partial(programs.extend, num_tokens=bucket.num_tokens)
+        rows, options = self._options(rows, variant)
+        cache, state, *made = run(
+            model, cache, RequestState(*changing, settings=settings), rows, options=options
+        )
+        # Settings only change when a request is installed: they are read here, not donated.
+        return cache, _split(state)[0], *made
+
+    def _draw(self, changing, settings, rows, logits, other, *, variant):
+        rows, options = self._options(rows, variant)
+        state = RequestState(*changing, settings=settings)
+        if variant.part == "adjust":
+            return (programs.adjusted_logits(state, rows, logits, other),)
+        run = programs.choose if variant.part == "choose" else programs.draw
+        state, told = run(state, rows, logits, other, options=options)
+        return _split(state)[0], told
+
+    def _options(self, rows: jax.Array, variant: Variant) -> tuple[jax.Array, programs.Options]:
+        """The rows without what is asked about them, and all that a program is made for."""
         rows, ids = rows[:, : programs.NUM_ROW_FIELDS], rows[:, programs.NUM_ROW_FIELDS :]
-        asked = wanted and programs.Asked(wanted, ids, self._has_raw_logprobs)
-        cache, state, told = run(model, cache, state, rows, asked=asked, kernels=self._kernels)
-        # Sampling parameters only change when a request is installed: they are read here, not
-        # donated.
-        return cache, state.tokens, state.page_table, told
+        asked = variant.wanted and programs.Asked(variant.wanted, ids, self._has_raw_logprobs)
+        return rows, programs.Options(asked, variant.states, self.functions, self._kernels)
 
     def _placed(self, shapes: Any) -> Any:
         sharding = jax.sharding.SingleDeviceSharding(self.device)
@@ -197,3 +261,9 @@ def _exact_float32(params: tuple[jax.ShapeDtypeStruct, ...]) -> AbstractContextM
     """GPUs multiply float32 in a shorter type by default; who asks for float32 wants it."""
     is_float32 = any(param.dtype == np.float32 for param in params)
     return jax.default_matmul_precision("highest") if is_float32 else nullcontext()
+
+
+def _split(state: RequestState) -> tuple[tuple[Any, ...], Any]:
+    """What steps change, and the settings."""
+    *changing, settings = state
+    return tuple(changing), settings

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxengine.models.taps import Taps
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 
 LayerCache = Float[Array, "pages 2 K page_size H"]
@@ -46,7 +47,11 @@ class Model(Protocol):
     """A decoder. `cache=None` attends within the batch alone (training, tests, the naive loop)."""
 
     def __call__(
-        self, batch: Batch, cache: KVCache | None, kernels: Kernels = XLA
+        self,
+        batch: Batch,
+        cache: KVCache | None,
+        kernels: Kernels = XLA,
+        taps: Taps | None = None,
     ) -> tuple[Float[Array, "T D"], KVCache | None]:
         """Final-normed hidden states of every token, and the cache with their K and V written."""
         ...

@@ -4,6 +4,7 @@ It knows what a layer computes, not how attention finds its keys or who loads th
 Source: Touvron et al. 2023, arXiv:2302.13971; Llama 3: arXiv:2407.21783.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,7 +17,11 @@ from jaxengine.models.config import ModelConfig
 from jaxengine.models.interface import Batch, KVCache, LayerCache, Piece
 from jaxengine.models.layers import Norm, Parameters, gated, linear, project, rms_norm
 from jaxengine.models.rope import Rotation, rotation
+from jaxengine.models.taps import Taps
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+
+LayerTap = Callable[[str, Float[Array, "T D"]], Float[Array, "T D"]]
+"""`Taps` for one layer: a point and a value to what goes on instead."""
 
 
 class Attention(nnx.Module):
@@ -42,6 +47,7 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
         batch: Batch,
         kernels: Kernels,
+        tap: LayerTap | None,
     ) -> tuple[Float[Array, "T D"], LayerCache | None]:
         T, (K, _, H, _) = len(x), self.qkv.shape
         qkv = linear(x, self.qkv, norm=norm, bias=self.qkv_bias, kernels=kernels)
@@ -56,7 +62,8 @@ class Attention(nnx.Module):
             kernels=kernels,
         )
         mixed = mixed.reshape(T, -1)
-        return linear(mixed, self.out, bias=self.out_bias, residual=x, kernels=kernels), cache
+        how = dict(bias=self.out_bias, kernels=kernels)
+        return _added(x, tap, "attention_output", partial(linear, mixed, self.out, **how)), cache
 
 
 class MLP(nnx.Module):
@@ -69,9 +76,12 @@ class MLP(nnx.Module):
         self.down = new.weight(embed=D, mlp=F)
         self.down_bias = new.bias(embed=D) if config.mlp_bias else None
 
-    def __call__(self, x: Float[Array, "T D"], norm: Norm, kernels: Kernels) -> Float[Array, "T D"]:
+    def __call__(
+        self, x: Float[Array, "T D"], norm: Norm, kernels: Kernels, tap: LayerTap | None
+    ) -> Float[Array, "T D"]:
         hidden = gated(x, self.gate_up, norm=norm, bias=self.gate_up_bias, kernels=kernels)
-        return linear(hidden, self.down, bias=self.down_bias, residual=x, kernels=kernels)
+        how = dict(bias=self.down_bias, kernels=kernels)
+        return _added(x, tap, "mlp_output", partial(linear, hidden, self.down, **how))
 
 
 class Layer(nnx.Module):
@@ -91,10 +101,11 @@ class Layer(nnx.Module):
         cache: LayerCache | None,
         batch: Batch,
         kernels: Kernels,
+        tap: LayerTap | None = None,
     ) -> tuple[Float[Array, "T D"], LayerCache | None]:
         norm = Norm(self.input_layernorm[...], self.eps)
-        x, cache = self.attention(x, norm, by, cache, batch, kernels)
-        return self.mlp(x, Norm(self.post_attention_layernorm[...], self.eps), kernels), cache
+        x, cache = self.attention(x, norm, by, cache, batch, kernels, tap)
+        return self.mlp(x, Norm(self.post_attention_layernorm[...], self.eps), kernels, tap), cache
 
 
 class LlamaForCausalLM(nnx.Module):
@@ -114,16 +125,28 @@ class LlamaForCausalLM(nnx.Module):
         self.lm_head = None if config.tie_embeddings else new.weight(vocab=V, embed=D)
 
     def __call__(
-        self, batch: Batch, cache: KVCache | None, kernels: Kernels = XLA
+        self,
+        batch: Batch,
+        cache: KVCache | None,
+        kernels: Kernels = XLA,
+        taps: Taps | None = None,
     ) -> tuple[Float[Array, "T D"], KVCache | None]:
+        taps = taps or Taps()
         # An id outside the vocabulary gives NaN, which sampling reports, instead of another token.
         x = self.embed_tokens[...].at[batch.tokens].get(mode="fill", wrap_negative_indices=False)
+        x = taps("embedding", None, x)
         by = rotation(batch, self.config.rope, self.config.head_size, x.dtype)
         layer_caches = []
         for index, layer in enumerate(self.layers):
-            x, layer_cache = _run(kernels, *nnx.split(layer), x, by, cache and cache[index], batch)
+            x = taps("block_input", index, x)
+            layer_cache = None if cache is None else cache[index]
+            if taps.look_inside(index):  # what it reads is of this trace: not to be traced apart
+                tap = lambda point, value, index=index: taps(point, index, value)
+                x, layer_cache = layer(x, by, layer_cache, batch, kernels, tap)
+            else:
+                x, layer_cache = _run(kernels, *nnx.split(layer), x, by, layer_cache, batch)
             layer_caches.append(layer_cache)
-        x = rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps)
+        x = taps("final_norm", None, rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps))
         return x, cache and tuple(layer_caches)
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
@@ -171,6 +194,16 @@ class LlamaForCausalLM(nnx.Module):
         """Whether a checkpoint tensor may be there without filling anything."""
         duplicate_head = config.tie_embeddings and name == "lm_head.weight"
         return duplicate_head or name.endswith("rotary_emb.inv_freq")
+
+
+def _added(
+    x: Float[Array, "T D"],
+    tap: LayerTap | None,
+    point: str,
+    product: Callable[..., Float[Array, "T D"]],
+) -> Float[Array, "T D"]:
+    """The stream and a product, which may be one kernel where nobody looks in between."""
+    return product(residual=x) if tap is None else x + tap(point, product())
 
 
 @partial(jax.jit, static_argnums=(0, 1))

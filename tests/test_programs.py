@@ -19,9 +19,9 @@ from jaxengine.memory import num_bytes
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
-from jaxengine.programs import RequestState
-from jaxengine.sampling import empty_state
-from jaxengine.step_programs import StepPrograms
+from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
+from jaxengine.sampling import num_fields
+from jaxengine.step_programs import StepPrograms, Variant
 
 
 def step_programs(
@@ -33,6 +33,7 @@ def step_programs(
         graphdef,
         params,
         num_layers=config.num_layers,
+        vocab_size=config.vocab_size,
         page_shape=(config.num_kv_heads, 16, config.head_size),
         cache_dtype=dtype,
         num_slots=4,
@@ -76,10 +77,11 @@ ALL_KERNELS = {
 
 
 def lowered_for_cuda(steps: StepPrograms, bucket: Bucket, wanted: Wanted | None = None) -> str:
-    shapes = steps._step_arguments(bucket, 9, wanted)
+    variant = Variant(wanted=wanted)
+    shapes = steps.step_arguments(bucket, 9, variant)
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
-    step = partial(steps._step, bucket=bucket, wanted=wanted)
-    return lower_for_cuda(step, *bare, donate=(1, 2, 3)).as_text()
+    step = partial(steps._step, bucket=bucket, variant=variant)
+    return lower_for_cuda(step, *bare, donate=(1, 2)).as_text()
 
 
 @pytest.mark.parametrize("kernels", ALL_KERNELS.values(), ids=ALL_KERNELS)
@@ -114,10 +116,13 @@ def test_a_step_is_one_stretch_that_a_cuda_graph_can_hold(kernels: Kernels) -> N
         assert text.count('name = "few_row') == (4 if bucket.num_rows == 1 else 0), "of a layer"
 
 
+EMPTY = empty_request_state(4, 40, 16, num_stop_ids=2, num_bias=8)
+
+
 class Echo:
     """A model whose hidden state is the token and whose likeliest next token is the one after."""
 
-    def __call__(self, batch: Any, cache: Any, kernels: Any = None) -> Any:
+    def __call__(self, batch: Any, cache: Any, kernels: Any = None, taps: Any = None) -> Any:
         self.batch = batch
         return batch.tokens[:, None].astype(jnp.float32), cache
 
@@ -126,10 +131,10 @@ class Echo:
 
 
 def test_a_step_reads_and_writes_the_history_of_its_slots() -> None:
-    tokens, page_table = programs.empty_tables(num_slots=4, context_length=40, page_size=16)
+    tokens, page_table, *others = EMPTY
     tokens = tokens.at[0, :5].set(jnp.arange(10, 15)).at[2, :20].set(jnp.arange(20, 40))
     page_table = page_table.at[2, 0].set(7)
-    state = RequestState(tokens, page_table, empty_state(5, 2, 8))
+    state = RequestState(tokens, page_table, *others)
     cache = (jnp.zeros((9, 2, 1, 16, 2)),)
     rows = np.array(
         [
@@ -153,10 +158,10 @@ def test_a_step_reads_and_writes_the_history_of_its_slots() -> None:
 
 
 def test_a_decode_program_goes_on_from_what_it_drew() -> None:
-    tokens, page_table = programs.empty_tables(num_slots=4, context_length=40, page_size=16)
+    tokens, page_table, *others = EMPTY
     tokens = tokens.at[0, :15].set(jnp.arange(10, 25)).at[2, :20].set(jnp.arange(20, 40))
     page_table = page_table.at[0, 0].set(7).at[2, :2].set(jnp.array([4, 5]))
-    state = RequestState(tokens, page_table, empty_state(5, 2, 8))
+    state = RequestState(tokens, page_table, *others)
     cache = (jnp.zeros((9, 2, 1, 16, 2)),)
     rows = np.array(
         [
@@ -178,20 +183,19 @@ def test_a_decode_program_goes_on_from_what_it_drew() -> None:
 
 
 def test_installing_fills_slots_from_flat_tokens_a_stretch_at_a_time() -> None:
-    state = RequestState(*programs.empty_tables(4, 40, 16), empty_state(5, 2, 8))
-    width = sum(leaf.size // leaf.shape[0] for leaf in state.sampling)
-    state = state._replace(tokens=state.tokens + 9)
+    width = num_fields(EMPTY.settings.sampling)
+    state = EMPTY._replace(tokens=EMPTY.tokens + 9)
     fields = np.ones((3, width), np.int32)
     fields[1] = 2
-    new = programs.InstallInputs(
+    new = InstallInputs(
         slots=jnp.array([3, 0, 5]),  # the last one is for nobody
         starts=jnp.array([2, 30, 0]),
         num_tokens=jnp.array([4, 3, 0]),
-        sampling=jnp.asarray(fields),
+        settings=jnp.asarray(fields),
         page_table=jnp.array([[4, 5, 6], [7, 0, 0], [8, 8, 8]]),
         tokens=jnp.arange(100, 110),
     )
-    after = programs.install(state, new)
+    after = install(state, new)
     expected = np.full((5, 40), 9)
     expected[3, 2:6] = [100, 101, 102, 103]
     expected[0, 30:33] = [104, 105, 106]
@@ -199,5 +203,6 @@ def test_installing_fills_slots_from_flat_tokens_a_stretch_at_a_time() -> None:
     np.testing.assert_array_equal(
         after.page_table, [[7, 0, 0], [0, 0, 0], [0, 0, 0], [4, 5, 6], [0, 0, 0]]
     )
-    np.testing.assert_array_equal(after.sampling.top_k[jnp.array([0, 3])], [2, 1])
-    assert after.sampling.top_k[1] == state.sampling.top_k[1]
+    before, sampling = state.settings.sampling, after.settings.sampling
+    np.testing.assert_array_equal(sampling.top_k[jnp.array([0, 3])], [2, 1])
+    assert sampling.top_k[1] == before.top_k[1]

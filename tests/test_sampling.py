@@ -13,8 +13,8 @@ from numerics import kept_exact, sampling_probs_exact, softmax_exact
 from scipy import stats
 
 from jaxengine.pallas_kernels import noise as noises
-from jaxengine.sampling import SamplingState, empty_state, install, pack, sample
-from jaxengine.sampling.adjust import adjust, count_tokens, tokens_between
+from jaxengine.sampling import SamplingState, adjust, empty_state, install, pack, sample
+from jaxengine.sampling.adjust import count_tokens, tokens_between
 from jaxengine.sampling.draw import add_up, by_groups, draw
 from jaxengine.sampling.filters import find_limits, keeps
 from jaxengine.sampling_params import SamplingParams
@@ -24,8 +24,9 @@ NUM_STOP_IDS, NUM_BIAS = 4, 8
 
 @jax.jit
 def run(logits, params, tokens, lengths):
-    """`sample` with a history per row."""
-    return sample(logits, params, tokens, jnp.arange(len(lengths)), lengths)[0]
+    """`adjust` and `sample` with a history per row."""
+    adjusted = adjust(logits, params, tokens, jnp.arange(len(lengths)), lengths)
+    return sample(adjusted, params, lengths)
 
 
 def state_of(

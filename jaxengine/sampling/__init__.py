@@ -1,16 +1,21 @@
 """From logits to a token: pure functions compiled into the step, one program for any mix of rows.
 They know neither requests nor the step that calls them."""
 
+from jaxengine.sampling.adjust import adjust
+from jaxengine.sampling.masks import allow_only
 from jaxengine.sampling.probabilities import logprobs, logprobs_by_blocks
 from jaxengine.sampling.sample import sample
-from jaxengine.sampling.state import SamplingState, empty_state, install, pack
+from jaxengine.sampling.state import SamplingState, empty_state, install, num_fields, pack
 
 __all__ = [
     "SamplingState",
+    "adjust",
+    "allow_only",
     "empty_state",
     "install",
     "logprobs",
     "logprobs_by_blocks",
+    "num_fields",
     "pack",
     "sample",
 ]

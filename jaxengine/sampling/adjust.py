@@ -21,7 +21,11 @@ def adjust(
     slots: Int[Array, " B"],
     lengths: Int[Array, " B"],
 ) -> Float32[Array, "B V"]:
-    """Logits with penalties, then the ban on early stops, then biases."""
+    """Logits with penalties, then the ban on early stops, then biases.
+
+    `history[slots]` holds each row's prompt and output so far, `lengths` of them, which is the
+    position of the token to come.
+    """
     penalized = asks_for_penalties(params)
     logits = lax.cond(
         penalized.any(),

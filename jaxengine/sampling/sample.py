@@ -1,11 +1,10 @@
-"""One token for each row of logits: penalties, the ban on early stops, biases, temperature, top-k
-and top-p together, min-p, the draw. It knows nothing of what becomes of the token."""
+"""One token for each row of logits that need no more adjusting: temperature, top-k and top-p
+together, min-p, the draw. It knows nothing of what becomes of the token."""
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, Int, Int32
 
-from jaxengine.sampling.adjust import adjust
 from jaxengine.sampling.draw import draw
 from jaxengine.sampling.state import SamplingState
 
@@ -16,44 +15,38 @@ UNUSABLE = -1
 def sample(
     logits: Float32[Array, "B V"],
     params: SamplingState,
-    history: Int[Array, "R C"],
-    slots: Int[Array, " B"],
-    lengths: Int[Array, " B"],
+    positions: Int[Array, " B"],
     *,
     implementation: str = "xla",
     interpret: bool = False,
-) -> tuple[Int32[Array, " B"], Float32[Array, "B V"]]:
-    """The next token of each row, the argmax where its temperature is 0; and the adjusted logits
-    that it is from.
+) -> Int32[Array, " B"]:
+    """The token of each row at its position, the argmax where its temperature is 0.
 
-    `history[slots]` holds each row's prompt and output so far, `lengths` of them, which is the
-    position of the token to come. A row gets UNUSABLE if its adjusted logits hold NaN or +inf or
-    are all -inf. No row depends on another. The implementations, "xla" and "triton", draw the same
-    tokens up to rounding; `interpret` runs the latter on a CPU.
+    A row gets UNUSABLE if its logits hold NaN or +inf or are all -inf. No row depends on another.
+    The implementations, "xla" and "triton", draw the same tokens up to rounding; `interpret` runs
+    the latter on a CPU.
     """
-    logits = adjust(logits, params, history, slots, lengths)
     if implementation == "xla":
-        return sample_rows(logits, params, lengths), logits
+        return sample_rows(logits, params, positions)
     # Imported when it is needed: Pallas takes time, and many a run needs none of it.
     from jaxengine.pallas_kernels import sample as kernel
 
-    drawn = kernel.sample_rows(
+    return kernel.sample_rows(
         logits,
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
         min_p=params.min_p,
         seed=params.seed,
-        positions=lengths,
+        positions=positions,
         interpret=interpret,
     )
-    return drawn, logits
 
 
 def sample_rows(
     logits: Float32[Array, "B V"], params: SamplingState, positions: Int[Array, " B"]
 ) -> Int32[Array, " B"]:
-    """The token of each row of adjusted logits."""
+    """`sample` in plain XLA."""
     likeliest = jnp.argmax(logits, axis=1).astype(jnp.int32)
     is_random = params.temperature > 0
     drawn = lax.cond(is_random.any(), lambda: draw(logits, params, positions), lambda: likeliest)

@@ -83,6 +83,11 @@ def pack(
     return np.concatenate([np.atleast_1d(field).view(np.int32) for field in row.values()])
 
 
+def num_fields(state: SamplingState) -> int:
+    """Length of a packed row."""
+    return sum(field.size // field.shape[0] for field in state)
+
+
 def install(
     state: SamplingState, slots: Int[Array, " I"], packed: Int32[Array, "I W"]
 ) -> SamplingState:

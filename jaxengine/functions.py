@@ -1,0 +1,249 @@
+"""The functions registered with an engine: how they are checked, what the device remembers for
+them, and their part of a step. It knows rows and slots, no requests.
+
+A step computes all of them for all rows, and each row keeps what those it chose have made of it.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from reprlib import repr as short
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PyTree
+
+from jaxengine.models.interface import Batch
+from jaxengine.models.taps import IN_LAYERS, Edit, Place
+from jaxengine.sampling.extensions import (
+    Function,
+    Intervention,
+    LogitsProcessor,
+    Row,
+    Sampler,
+    Token,
+)
+from jaxengine.sampling.sample import UNUSABLE
+
+SAMPLER = "sampler"  # its name among the functions
+
+
+class Choices(NamedTuple):
+    """What each row, or slot, has chosen."""
+
+    is_chosen: dict[str, Bool[Array, " R"]]
+    params: dict[str, dict[str, Array]]  # of each function, by name; [R, ...]
+
+
+class Functions:
+    """All of one engine, by name. False where there are none."""
+
+    def __init__(
+        self,
+        processors: Mapping[str, LogitsProcessor] | None = None,
+        sampler: Sampler | None = None,
+        interventions: Mapping[str, Intervention] | None = None,
+    ):
+        self.processors = dict(processors or {})
+        self.sampler = sampler
+        self.interventions = dict(interventions or {})
+        samplers = {} if sampler is None else {SAMPLER: sampler}
+        self.of_logits: dict[str, LogitsProcessor] = self.processors | samplers
+        self._all: dict[str, Function] = {**self.of_logits, **self.interventions}
+        self.defaults = {name: _defaults(name, each) for name, each in self._all.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    @property
+    def has_memory(self) -> bool:
+        return any(each.init is not None for each in self.of_logits.values())
+
+    @property
+    def num_fields(self) -> int:
+        """Length of a packed row."""
+        return len(self.pack((), {}))
+
+    # What the device remembers
+
+    def empty(self, num_slots: int) -> tuple[PyTree, Choices | tuple[()]]:
+        """The memory of every slot, and its choices: none."""
+        if not self:
+            return (), ()
+        return self._unpack(jnp.asarray(np.tile(self.pack((), {}), (num_slots, 1))))
+
+    def pack(self, chosen: Collection[str], custom_params: Mapping[str, Any]) -> Int32[Any, " W"]:
+        """One int32 row for `install`.
+
+        Raises:
+            ValueError: a function or a parameter that there is not, or a value of another shape.
+        """
+        words = [np.array([name in chosen for name in self._all], np.int32)]
+        for name, defaults in self.defaults.items():
+            for param, default in defaults.items():
+                value = default
+                if param in custom_params and (name in chosen or name == SAMPLER):
+                    value = _value(param, custom_params[param], default)
+                words.append(np.atleast_1d(_as_words(value)).ravel())
+        return np.concatenate(words)
+
+    def check(self, chosen: Collection[str], custom_params: Mapping[str, Any]) -> None:
+        """Raises ValueError as `pack` does, and for a parameter that no chosen function has."""
+        known = {p for name in [*chosen, SAMPLER] for p in self.defaults.get(name, {})}
+        for param in custom_params:
+            if param not in known:
+                raise ValueError(
+                    f"custom_params: none of the chosen functions has a parameter {param!r}; "
+                    f"expected some of {', '.join(sorted(known)) or 'none'}"
+                )
+        self.pack(chosen, custom_params)
+
+    def install(
+        self,
+        memory: PyTree,
+        choices: Choices | tuple[()],
+        slots: Int[Array, " I"],
+        packed: Int32[Array, "I W"],
+    ) -> tuple[PyTree, Choices | tuple[()]]:
+        """Memory and choices with those of packed rows in `slots`."""
+        if not self:
+            return memory, choices
+        put = lambda all_rows, rows: all_rows.at[slots].set(rows, mode="drop")
+        return jax.tree.map(put, (memory, choices), self._unpack(packed))
+
+    def _unpack(self, packed: Int32[Array, "I W"]) -> tuple[PyTree, Choices]:
+        is_chosen = {name: packed[:, i] != 0 for i, name in enumerate(self._all)}
+        params: dict[str, dict[str, Array]] = {}
+        start = len(self._all)
+        for name, defaults in self.defaults.items():
+            params[name] = {}
+            for param, default in defaults.items():
+                words = packed[:, start : start + default.size]
+                params[name][param] = _from_words(words, default.dtype, default.shape)
+                start += default.size
+        memory = {
+            name: each.over_rows(each.init)(params[name])
+            for name, each in self.of_logits.items()
+            if each.init is not None
+        }
+        return memory, Choices(is_chosen, params)
+
+    # Their part of a step
+
+    def edits(
+        self, batch: Batch, choices: Choices | tuple[()], num_layers: int
+    ) -> list[tuple[Collection[Place], Edit]]:
+        """What the interventions do to the activations of a batch."""
+        return [
+            (places_of(each, num_layers), _edit(each, name, batch, choices))
+            for name, each in self.interventions.items()
+            if isinstance(choices, Choices)
+        ]
+
+    def choose(
+        self,
+        logits: Float32[Array, "B V"],
+        see: Callable[[], Row],
+        choices: Choices | tuple[()],
+        memory: PyTree,
+        draw: Callable[[Float32[Array, "B V"]], Int32[Array, " B"]],
+    ) -> tuple[Float32[Array, "B V"], Int32[Array, " B"], PyTree]:
+        """The logits processed, a token of each row, drawn with `draw` unless there is a sampler,
+        and what is to be remembered of the rows."""
+        if not isinstance(choices, Choices):
+            return logits, draw(logits), memory
+        rows = see()
+        memory = dict(memory)
+        is_chosen = dict(choices.is_chosen)
+        for name, each in self.processors.items():
+            given = logits, choices.params[name], rows
+            new, memory = self._called(name, each, given, memory)
+            logits = jnp.where(is_chosen[name][:, None], new, logits)
+        drawn = draw(logits)
+        if self.sampler is not None:
+            is_chosen[SAMPLER] = (rows.sampling.temperature > 0) & (drawn != UNUSABLE)
+            given = logits, choices.params[SAMPLER], rows
+            own, memory = self._called(SAMPLER, self.sampler, given, memory)
+            drawn = jnp.where(is_chosen[SAMPLER], own, drawn)
+        for name, each in self.of_logits.items():
+            if each.after is not None:
+                params = choices.params[name]
+                after = each.over_rows(each.after)
+                memory[name] = after(memory[name], params, rows, drawn, logits)
+        return logits, drawn, memory
+
+    def _called(
+        self, name: str, each: LogitsProcessor, given: Sequence[Any], memory: dict[str, Any]
+    ) -> tuple[Array, dict[str, Any]]:
+        call = each.over_rows(each.function)
+        if each.init is None:
+            return call(*given), memory
+        made, state = call(*given, memory[name])
+        return made, memory | {name: state}
+
+
+NO_FUNCTIONS = Functions()
+
+
+def places_of(intervention: Intervention, num_layers: int) -> frozenset[Place]:
+    """Where it is applied."""
+    if intervention.at not in IN_LAYERS:
+        return frozenset([Place(intervention.at)])
+    layers = range(num_layers) if intervention.layers is None else intervention.layers
+    return frozenset(Place(intervention.at, layer) for layer in layers)
+
+
+def _edit(
+    intervention: Intervention, name: str, batch: Batch, choices: Choices
+) -> Callable[[Place, Float[Array, "T D"]], Float[Array, "T D"]]:
+    """The intervention on all tokens of a batch; those of rows that did not choose it stay."""
+    row = jnp.minimum(batch.rows, len(batch.query_lens) - 1)
+    is_chosen = choices.is_chosen[name][row] & (batch.rows < len(batch.query_lens))
+    params = {param: values[row] for param, values in choices.params[name].items()}
+
+    def edit(place: Place, value: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        layer = jnp.full_like(batch.positions, -1 if place.layer is None else place.layer)
+        tokens = Token(batch.positions, batch.prompt_lens[row], layer)
+        wide = value.astype(jnp.float32)
+        new = jax.vmap(intervention.function)(wide, params, tokens)
+        return jnp.where(is_chosen[:, None], new.astype(value.dtype), value)
+
+    return edit
+
+
+def _defaults(name: str, each: Function) -> dict[str, np.ndarray]:
+    """The parameters as arrays of 32 bits, or of truth values."""
+    found = {}
+    for param, given in each.params.items():
+        value = np.asarray(given)
+        if value.dtype.kind not in "biuf":
+            raise ValueError(f"{name}: params[{param!r}]: expected numbers, got {given!r}")
+        found[param] = value.astype(KINDS[value.dtype.kind])
+    return found
+
+
+KINDS = {"b": np.bool_, "i": np.int32, "u": np.uint32, "f": np.float32}
+ACCEPTED = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # kinds of number that will do
+
+
+def _value(param: str, given: Any, default: np.ndarray) -> np.ndarray:
+    """What a request gives for a parameter, as the default's kind of number.
+
+    Raises:
+        ValueError: it has another shape, or is no such number.
+    """
+    value = np.asarray(given)
+    if value.shape != default.shape or value.dtype.kind not in ACCEPTED[default.dtype.kind]:
+        expected = f"{default.dtype} of shape {default.shape}"
+        raise ValueError(f"custom_params: {param}: expected {expected}, got {short(given)}")
+    return value.astype(default.dtype)
+
+
+def _as_words(value: np.ndarray) -> np.ndarray:
+    return value.astype(np.int32) if value.dtype == np.bool_ else value.view(np.int32)
+
+
+def _from_words(words: Int32[Array, "I n"], dtype: np.dtype, shape: tuple[int, ...]) -> Array:
+    values = words != 0 if dtype == np.bool_ else lax.bitcast_convert_type(words, dtype)
+    return values.reshape(len(words), *shape)
