@@ -13,12 +13,18 @@ from jaxengine.version import __version__
 
 if TYPE_CHECKING:
     from jaxengine.engine import Engine
+    from jaxengine.logit_processor import CustomLogitProcessor
+    from jaxengine.sampling.extensions import Intervention, LogitsProcessor, Sampler
     from jaxengine.sampling_params import SamplingParams
     from jaxengine.server_args import ServerArgs
     from jaxengine.utils import async_stream_and_merge, stream_and_merge
 
 HOMES = {
+    "CustomLogitProcessor": "jaxengine.logit_processor",
     "Engine": "jaxengine.engine",
+    "Intervention": "jaxengine.sampling.extensions",
+    "LogitsProcessor": "jaxengine.sampling.extensions",
+    "Sampler": "jaxengine.sampling.extensions",
     "SamplingParams": "jaxengine.sampling_params",
     "ServerArgs": "jaxengine.server_args",
     "async_stream_and_merge": "jaxengine.utils",
@@ -26,7 +32,11 @@ HOMES = {
 }
 
 __all__ = [
+    "CustomLogitProcessor",
     "Engine",
+    "Intervention",
+    "LogitsProcessor",
+    "Sampler",
     "SamplingParams",
     "ServerArgs",
     "__version__",

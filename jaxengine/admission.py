@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from reprlib import repr as short
 from typing import Any
 
+from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.inputs import Entry
 from jaxengine.logprob_inputs import AskedLogprobs
 from jaxengine.logprobs import Logprobs
@@ -28,6 +29,7 @@ class Limits:
     pool_tokens: int  # the whole KV pool, in tokens
     eos_token_ids: frozenset[int]
     truncates: bool  # cut what is too long instead of refusing it
+    functions: Functions = NO_FUNCTIONS  # those registered
 
     @property
     def max_tokens(self) -> int:
@@ -45,6 +47,7 @@ def make_request(
     """
     sampling = entry.sampling
     sampling.validate_for(limits.vocab_size)
+    limits.functions.check(sampling, is_strict=entry.processor is None)
     prompt_ids = _checked_ids(prompt_ids, entry, limits)
     stop_ids = frozenset(sampling.stop_token_ids or ()) | limits.eos_token_ids
     seed = sampling.sampling_seed
@@ -56,6 +59,7 @@ def make_request(
         stop_token_ids=frozenset() if sampling.ignore_eos else stop_ids,
         seed=seeds.getrandbits(SEED_BITS) if seed is None else _sample_seed(seed, entry.sample),
         priority=entry.priority,
+        processor=entry.processor,
         logprobs=entry.logprobs and _logprobs(entry.logprobs, len(prompt_ids), limits),
     )
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxengine.compiling import compile_all
+from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.loading import FoundModel, abstract_model, choose_dtype, load_parameters
 from jaxengine.memory import (
     GIB,
@@ -51,7 +52,13 @@ class Built:
     seconds: dict[str, float]  # of reading the weights and, at the same time, of compiling
 
 
-def build(args: ServerArgs, found: FoundModel, sizes: Sizes, device: Any) -> Built:
+def build(
+    args: ServerArgs,
+    found: FoundModel,
+    sizes: Sizes,
+    device: Any,
+    functions: Functions = NO_FUNCTIONS,
+) -> Built:
     """All of it; long, as it lists the parts.
 
     Raises:
@@ -78,6 +85,7 @@ def build(args: ServerArgs, found: FoundModel, sizes: Sizes, device: Any) -> Bui
         device=device,
         kernels=kernels,
         has_raw_logprobs=args.logprobs_mode == "raw_logprobs",
+        functions=functions,
     )
     demand = Demand(
         others=bytes_in_use(device),

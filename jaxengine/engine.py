@@ -14,11 +14,13 @@ from numpy.typing import ArrayLike
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_scoring import ScoringMethods
+from jaxengine.functions import registered
 from jaxengine.inputs import Entry, normalise, refuse_unavailable
 from jaxengine.logprob_inputs import LogprobOptions
 from jaxengine.loop import Loop
 from jaxengine.request import Request
 from jaxengine.results import StopText, Writer
+from jaxengine.sampling.extensions import Intervention
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.server_args import ServerArgs
 from jaxengine.startup import start
@@ -39,12 +41,25 @@ class Engine(ScoringMethods):
     may be called from any thread and inside or outside of any event loop. It is a context manager;
     leaving it shuts the engine down.
 
+    Functions of your own are compiled into the steps: `logits_processors` and `interventions` by
+    name, for requests to choose in `sampling_params`, and one `sampler`; see `LogitsProcessor`,
+    `Sampler` and `Intervention`. A plain function of (logits, params, row) is a processor without
+    parameters.
+
     Raises:
         ValueError: an argument or a checkpoint that cannot be used, with the reason.
         TypeError: an argument that does not exist.
     """
 
-    def __init__(self, *, server_args: ServerArgs | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        server_args: ServerArgs | None = None,
+        logits_processors: Mapping[str, Any] | None = None,
+        sampler: Any = None,
+        interventions: Mapping[str, Intervention] | None = None,
+        **kwargs: Any,
+    ):
         if server_args is not None and kwargs:
             raise TypeError(
                 f"give server_args or fields of it, not both: {', '.join(sorted(kwargs))}"
@@ -53,7 +68,8 @@ class Engine(ScoringMethods):
             raise TypeError(f"server_args: expected a ServerArgs, got {server_args!r}")
         self.server_args = server_args or ServerArgs(**kwargs)
         _check_defaults(self.server_args)
-        self._started = start(self.server_args)
+        functions = registered(logits_processors, sampler, interventions)
+        self._started = start(self.server_args, functions)
         self._loop: Loop = self._started.loop
         self._seeds = random.Random(self._started.random_seed)
         # The thread must not keep a forgotten engine alive, and must end before the interpreter
@@ -78,6 +94,7 @@ class Engine(ScoringMethods):
         logprob_start_len: int | Sequence[int] | None = None,
         top_logprobs_num: int | Sequence[int] | None = None,
         token_ids_logprob: Sequence[Any] | None = None,
+        custom_logit_processor: Any = None,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
@@ -101,6 +118,8 @@ class Engine(ScoringMethods):
                 `*_top_logprobs`.
             token_ids_logprob: for each entry these tokens too, as `*_token_ids_logprobs`; with
                 max_new_tokens = 0 for what might come next.
+            custom_logit_processor: a `CustomLogitProcessor`, for all prompts or a list of one each:
+                NumPy on the host, and slow. Registered functions are chosen in `sampling_params`.
             stream: return an iterator of chunks instead. They are cumulative, unless the engine has
                 `incremental_streaming_output`; those of a list carry `index`. Closing or dropping
                 the iterator aborts the rest.
@@ -120,7 +139,15 @@ class Engine(ScoringMethods):
             return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
         )
         call = self._call(
-            prompt, sampling_params, input_ids, logprobs, stream, rid, priority, unavailable
+            prompt,
+            sampling_params,
+            input_ids,
+            logprobs,
+            custom_logit_processor,
+            stream,
+            rid,
+            priority,
+            unavailable,
         )
         return Stream(call) if stream else wait(call)
 
@@ -134,6 +161,7 @@ class Engine(ScoringMethods):
         logprob_start_len: int | Sequence[int] | None = None,
         top_logprobs_num: int | Sequence[int] | None = None,
         token_ids_logprob: Sequence[Any] | None = None,
+        custom_logit_processor: Any = None,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
@@ -144,7 +172,15 @@ class Engine(ScoringMethods):
             return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
         )
         call = self._call(
-            prompt, sampling_params, input_ids, logprobs, stream, rid, priority, unavailable
+            prompt,
+            sampling_params,
+            input_ids,
+            logprobs,
+            custom_logit_processor,
+            stream,
+            rid,
+            priority,
+            unavailable,
         )
         return await AsyncStream(call).start() if stream else await wait_async(call)
 
@@ -182,7 +218,16 @@ class Engine(ScoringMethods):
         self.shutdown()
 
     def _call(
-        self, prompt, sampling_params, input_ids, logprobs, stream, rid, priority, unavailable
+        self,
+        prompt,
+        sampling_params,
+        input_ids,
+        logprobs,
+        processor,
+        stream,
+        rid,
+        priority,
+        unavailable,
     ) -> Call:
         if not self._loop.is_alive:
             raise self._loop.refusal()
@@ -192,7 +237,9 @@ class Engine(ScoringMethods):
         if priority is not None and not has_priority:
             warnings.warn("priority: needs enable_priority_scheduling=True", stacklevel=3)
         defaults = args.sampling_defaults
-        inputs = normalise(prompt, sampling_params, input_ids, rid, priority, defaults, logprobs)
+        inputs = normalise(
+            prompt, sampling_params, input_ids, rid, priority, defaults, logprobs, processor
+        )
         requests = self._requests(inputs.entries, stream)
         options = self._started.output_options(stream)
         writers = [Writer(request, self._started.tokenizer, options) for request in requests]

@@ -25,6 +25,7 @@ from jaxengine.sampling.extensions import (
     Token,
 )
 from jaxengine.sampling.sample import UNUSABLE
+from jaxengine.sampling_params import SamplingParams
 
 SAMPLER = "sampler"  # its name among the functions
 
@@ -77,7 +78,7 @@ class Functions:
         """One int32 row for `install`.
 
         Raises:
-            ValueError: a function or a parameter that there is not, or a value of another shape.
+            ValueError: a value of another shape or kind than its default.
         """
         words = [np.array([name in chosen for name in self._all], np.int32)]
         for name, defaults in self.defaults.items():
@@ -88,11 +89,24 @@ class Functions:
                 words.append(np.atleast_1d(_as_words(value)).ravel())
         return np.concatenate(words)
 
-    def check(self, chosen: Collection[str], custom_params: Mapping[str, Any]) -> None:
-        """Raises ValueError as `pack` does, and for a parameter that no chosen function has."""
+    def check(self, sampling: SamplingParams, *, is_strict: bool = True) -> None:
+        """Raises ValueError for a function that there is not, a parameter that no chosen function
+        has (if it `is_strict`), and a value of another shape or kind."""
+        given = (
+            ("logits_processors", sampling.logits_processors or (), self.processors),
+            ("interventions", sampling.interventions or (), self.interventions),
+        )
+        for field, names, there in given:
+            for name in names:
+                if name not in there:
+                    raise ValueError(
+                        f"{field}: none is registered as {name!r}; expected some of "
+                        f"{', '.join(there) or 'none, as Engine() was given none'}"
+                    )
+        chosen, custom_params = sampling.functions, sampling.custom_params or {}
         known = {p for name in [*chosen, SAMPLER] for p in self.defaults.get(name, {})}
         for param in custom_params:
-            if param not in known:
+            if is_strict and param not in known:
                 raise ValueError(
                     f"custom_params: none of the chosen functions has a parameter {param!r}; "
                     f"expected some of {', '.join(sorted(known)) or 'none'}"
@@ -184,6 +198,43 @@ class Functions:
 
 
 NO_FUNCTIONS = Functions()
+
+
+def registered(
+    processors: Mapping[str, Any] | None, sampler: Any, interventions: Mapping[str, Any] | None
+) -> Functions:
+    """Those given to an engine, of which plain functions have no parameters.
+
+    Raises:
+        ValueError: a name that is taken, or something that is not callable.
+    """
+    processors, interventions = dict(processors or {}), dict(interventions or {})
+    twice = [name for name in processors if name in interventions] + [
+        name
+        for name in (*processors, *interventions)
+        if name == SAMPLER or not isinstance(name, str)
+    ]
+    if twice:
+        raise ValueError(f"logits_processors, interventions: the name {twice[0]!r} is taken")
+    return Functions(
+        {
+            name: _declared(f"logits_processors[{name!r}]", each, LogitsProcessor)
+            for name, each in processors.items()
+        },
+        None if sampler is None else _declared("sampler", sampler, Sampler),
+        {
+            name: _declared(f"interventions[{name!r}]", each, Intervention)
+            for name, each in interventions.items()
+        },
+    )
+
+
+def _declared(where: str, given: Any, kind: type[Any]) -> Any:
+    if type(given) is kind:
+        return given
+    if isinstance(given, Function) or not callable(given):
+        raise ValueError(f"{where}: expected a {kind.__name__} or a function, got {given!r}")
+    return kind(function=given)
 
 
 def places_of(intervention: Intervention, num_layers: int) -> frozenset[Place]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
+from jaxengine.logit_processor import CustomLogitProcessor
 from jaxengine.logprob_inputs import (
     NO_LOGPROBS,
     AskedLogprobs,
@@ -25,7 +26,6 @@ UNAVAILABLE = {
     "mm_hashes": "images are",
     "mm_content_hashes": "images are",
     "lora_path": "LoRA is",
-    "custom_logit_processor": "custom logit processors are",
     "require_reasoning": "parsing of reasoning is",
     "return_hidden_states": "hidden states are",
     "return_routed_experts": "routing of experts is",
@@ -52,6 +52,7 @@ AVAILABLE = (
     "logprob_start_len",
     "top_logprobs_num",
     "token_ids_logprob",
+    "custom_logit_processor",
     "stream",
     "rid",
     "priority",
@@ -68,6 +69,7 @@ class Entry(NamedTuple):
     priority: int
     sample: int  # 0 .. n-1: which of the prompt's samples
     logprobs: AskedLogprobs | None = None
+    processor: CustomLogitProcessor | None = None
 
 
 class Inputs(NamedTuple):
@@ -83,6 +85,7 @@ def normalise(
     priority: int | Sequence[int] | None,
     defaults: Mapping[str, Any],
     logprobs: LogprobOptions = NO_LOGPROBS,
+    processor: Any = None,
 ) -> Inputs:
     """The samples asked for: prompts in order, the `n` of each one after the other.
 
@@ -98,8 +101,18 @@ def normalise(
     rids = _rids(rid, len(texts), n, is_batch)
     priorities = _priorities(priority, len(texts))
     asked = logprobs_of(logprobs, len(texts), is_batch)
+    processors = _processors(processor, len(texts))
     entries = [
-        Entry(texts[i], ids[i], params[i], rids[i * n + sample], priorities[i], sample, asked[i])
+        Entry(
+            texts[i],
+            ids[i],
+            params[i],
+            rids[i * n + sample],
+            priorities[i],
+            sample,
+            asked[i],
+            processors[i],
+        )
         for i in range(len(texts))
         for sample in range(n)
     ]
@@ -234,6 +247,20 @@ def _rids(rid: Any, count: int, n: int, is_batch: bool) -> list[str]:
     else:
         names = list(rid)
     return names if n == 1 else [f"{name}_{sample}" for name in names for sample in range(n)]
+
+
+def _processors(given: Any, count: int) -> list[CustomLogitProcessor | None]:
+    processors = list(given) if isinstance(given, list | tuple) else [given] * count
+    for each in processors:
+        if each is not None and not isinstance(each, CustomLogitProcessor):
+            raise ValueError(
+                f"custom_logit_processor: expected a CustomLogitProcessor, got {short(each)}; no "
+                "code is taken from strings, and registered functions are chosen by "
+                "sampling_params={'logits_processors': ...}"
+            )
+    if len(processors) != count:
+        raise ValueError(f"custom_logit_processor: expected one, or {count}, got {len(processors)}")
+    return processors
 
 
 def _priorities(priority: Any, count: int) -> list[int]:

@@ -58,6 +58,7 @@ class Request:
     progress: Progress = Progress()
     num_cached: int | None = None  # prompt tokens found in the prefix tree at first admission
     num_retractions: int = 0
+    memory: Any = None  # of registered functions, while it is not on the device
 
     status: Status = Status.WAITING
     order: tuple = ()  # place in the queue
@@ -92,6 +93,11 @@ class Request:
     def pauses(self) -> bool:
         """Whether the host has its say before each token is drawn."""
         return self.processor is not None
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether its K and V are those of every request with the same tokens."""
+        return not self.sampling.interventions
 
     @property
     def can_run(self) -> bool:

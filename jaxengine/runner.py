@@ -7,6 +7,7 @@ may be drawn. It knows slots, pages and sizes, and nothing of queues, text or us
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,7 @@ class Runner:
 
     def submit(self, plan: StepPlan) -> Outputs | Paused:
         """Starts a step; what it tells is on its way to the host when `collect` asks for it."""
+        self._save(plan.retracted)
         self._admit(plan.admitted)
         variant = Variant("read" if plan.pauses else "whole", plan.wanted, plan.states)
         bucket = self._bucket(plan, variant)
@@ -154,6 +156,25 @@ class Runner:
             self._variants[key] = trace()()
         return self._variants[key]
 
+    def _save(self, retracted: Sequence[tuple[Request, int]]) -> None:
+        """Takes down what registered functions remember of requests that lose their slots."""
+        if retracted and jax.tree.leaves(self._state.memory):
+            memory = jax.tree.map(np.asarray, self._state.memory)
+            for request, slot in retracted:
+                request.memory = jax.tree.map(itemgetter(slot), memory)
+
+    def _restore(self, request: Request) -> None:
+        """All of it travels: this is rare."""
+
+        def put(leaf: jax.Array, saved: np.ndarray) -> jax.Array:
+            rows = np.array(leaf)
+            rows[request.slot] = saved
+            return jax.device_put(rows, leaf.sharding)
+
+        memory = jax.tree.map(put, self._state.memory, request.memory)
+        self._state = self._state._replace(memory=memory)
+        request.memory = None
+
     def _admit(self, requests: Sequence[Request]) -> None:
         """Installs requests, several at a time; a long history in as many calls as it takes."""
         room = len(self._empty_install.tokens)
@@ -168,6 +189,9 @@ class Runner:
                 rows.append((request, start, part))
         if rows:
             self._install_rows(rows)
+        for request in requests:
+            if request.memory is not None:
+                self._restore(request)
 
     def _install_rows(self, rows: Sequence[tuple[Request, int, list[int]]]) -> None:
         new = InstallInputs(*(field.copy() for field in self._empty_install))

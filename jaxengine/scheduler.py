@@ -44,6 +44,7 @@ class StepPlan(NamedTuple):
 
     rows: tuple[Row, ...]
     admitted: tuple[Request, ...]  # to be installed on the device before the step
+    retracted: tuple[tuple[Request, int], ...]  # and the slots that they had until now
     num_tokens: int
     num_steps: int  # of decoding, one token a row each; 0 if some row reads several at once
     wanted: Wanted | None = None  # to know of distributions
@@ -80,6 +81,7 @@ class Scheduler:
         self.shares_prefixes = shares_prefixes
         self.running: list[Request] = []
         self._waiting = WaitingQueue(policy, uses_priority, low_priority_first, random_seed)
+        self._retracted: list[tuple[Request, int]] = []
         self._free_slots = list(range(max_running_requests - 1, -1, -1))
         self._max_running = max_running_requests
         self._chunk_size = chunk_size
@@ -153,6 +155,7 @@ class Scheduler:
         return StepPlan(
             tuple(rows),
             tuple(admitted),
+            self._take_retracted(),
             num_tokens,
             num_steps,
             wanted=_wanted(rows),
@@ -260,7 +263,7 @@ class Scheduler:
         return self._growth * max(num_tokens, 0) / self.page_size
 
     def _match(self, request: Request) -> list[Node]:
-        if not self.shares_prefixes:
+        if not self.shares_prefixes or not request.shares_prefix:
             return []
         tokens = request.token_ids
         limit = len(tokens) - 1  # one token is left to draw from
@@ -310,6 +313,7 @@ class Scheduler:
         return has_retracted
 
     def _retract(self, request: Request) -> None:
+        self._retracted.append((request, request.slot))
         self._release(request)
         request.num_computed = 0
         request.num_retractions += 1
@@ -317,9 +321,13 @@ class Scheduler:
         self._waiting.put_back(request)
         self._growth = min(1.0, self._growth + GROWTH_RAISE)
 
+    def _take_retracted(self) -> tuple[tuple[Request, int], ...]:
+        taken, self._retracted = tuple(self._retracted), []
+        return taken
+
     def _share_pages(self, request: Request, has_ended: bool = False) -> None:
         """Puts the full pages so far into the prefix tree, where the host knows their tokens."""
-        if self.shares_prefixes:
+        if self.shares_prefixes and request.shares_prefix:
             end = min(request.num_computed, request.num_tokens)
             self.tree.insert(
                 request.path,

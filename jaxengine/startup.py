@@ -18,6 +18,8 @@ from jaxengine.admission import Limits
 from jaxengine.building import build
 from jaxengine.compiling import CompileCounter
 from jaxengine.config import configure_jax
+from jaxengine.function_checks import validate
+from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.loading import find_model
 from jaxengine.loop import Loop
 from jaxengine.memory import Demand, device_bytes
@@ -29,10 +31,6 @@ from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes, choose_sizes
 from jaxengine.version import __version__
 from jaxengine.watchdog import Watchdog
-
-MAX_COMPILE_THREADS = 16
-UNTUNED = {"xla_gpu_autotune_level": 0}  # compiles several times as fast
-ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
 
 logger = logging.getLogger("jaxengine")
 
@@ -98,7 +96,7 @@ class Started:
         }
 
 
-def start(args: ServerArgs) -> Started:
+def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
     """A loop that is running and has nothing left to compile. Long, as it lists all the parts.
 
     Raises:
@@ -116,7 +114,9 @@ def start(args: ServerArgs) -> Started:
         device_bytes=device_bytes(device),
         is_cpu=device.platform == "cpu",
     )
-    built = build(args, found, sizes, device)
+    config = found.config
+    validate(functions, config.vocab_size, config.hidden_size, config.num_layers)
+    built = build(args, found, sizes, device, functions)
     programs, num_pages = built.programs, built.num_pages
     seconds |= built.seconds
     with _phase("warm up", seconds):
@@ -146,6 +146,7 @@ def start(args: ServerArgs) -> Started:
             pool_tokens=num_pages * args.page_size,
             eos_token_ids=found.eos_token_ids,
             truncates=args.allow_auto_truncate,
+            functions=functions,
         ),
         sizes=sizes,
         random_seed=random_seed,

@@ -171,7 +171,7 @@ class StepPrograms:
         results = made if variant.part == "adjust" else (arguments[0], *made)
         step = partial(self._draw, variant=variant)
         step.__name__ = f"{variant.part}_x{num_rows}"  # type: ignore[attr-defined]
-        donated = () if variant.part == "adjust" else (0, 3)
+        donated = () if variant.part == "adjust" else (0,)
         return self._executables.through(
             ("draw", variant, self._identity, arguments),
             in_tree=jax.tree.structure((arguments, {})),

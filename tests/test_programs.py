@@ -14,6 +14,7 @@ from tiny import tiny_config
 
 from jaxengine import models, programs
 from jaxengine.compiling import Bucket
+from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.models.config import ModelConfig
@@ -25,7 +26,11 @@ from jaxengine.step_programs import StepPrograms, Variant
 
 
 def step_programs(
-    config: ModelConfig, dtype: str, context_length: int = 64, kernels: Kernels = XLA
+    config: ModelConfig,
+    dtype: str,
+    context_length: int = 64,
+    kernels: Kernels = XLA,
+    functions: Functions = NO_FUNCTIONS,
 ) -> StepPrograms:
     abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype))
     graphdef, params = nnx.split(abstract)
@@ -42,6 +47,7 @@ def step_programs(
         num_bias=8,
         device=jax.devices()[0],
         kernels=kernels,
+        functions=functions,
     )
 
 
