@@ -16,6 +16,7 @@ from jaxengine.logprob_inputs import AskedLogprobs
 from jaxengine.logprobs import Logprobs
 from jaxengine.request import Request
 from jaxengine.sampling_params import DefaultLength, SamplingParams
+from jaxengine.state_inputs import books_of
 
 SEED_BITS = 63
 
@@ -25,6 +26,7 @@ class Limits:
     """What a request must fit."""
 
     vocab_size: int  # width of the logits
+    num_layers: int
     context_length: int  # prompt and output, in tokens
     pool_tokens: int  # the whole KV pool, in tokens
     eos_token_ids: frozenset[int]
@@ -60,6 +62,7 @@ def make_request(
         seed=seeds.getrandbits(SEED_BITS) if seed is None else _sample_seed(seed, entry.sample),
         priority=entry.priority,
         processor=entry.processor,
+        states=entry.states and books_of(entry.states, len(prompt_ids), limits.num_layers),
         logprobs=entry.logprobs and _logprobs(entry.logprobs, len(prompt_ids), limits),
     )
 

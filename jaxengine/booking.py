@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxengine import outputs
+from jaxengine.hidden_states import Launch
 from jaxengine.logprobs import Told
-from jaxengine.request import Request
-from jaxengine.scheduler import Row
+from jaxengine.request import Request, Status
+from jaxengine.scheduler import Row, StepPlan
 
 NOT_FINITE = -1  # what a step draws from logits it cannot use
 NOT_FINITE_REASON = outputs.not_finite_reason()
@@ -36,6 +37,17 @@ def book_logprobs(
         books.add_outputs(tokens[: row.num_draws], own)
     elif not request.max_new_tokens and end == len(prompt):
         books.add_next(tokens[0], own)
+
+
+def book_states(plan: StepPlan, launch: Launch) -> None:
+    """Books the hidden states that a launch gave of each row that asked."""
+    first = 0  # the row's first token among those that were read
+    for index, row in enumerate(plan.rows):
+        books = row.request.states
+        if books is not None and row.request.status is not Status.FINISHED:
+            end = row.start + row.query_len
+            books.add(launch, index, first, row.start, end, max(row.num_draws, 1))
+        first += row.query_len
 
 
 def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:

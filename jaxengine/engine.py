@@ -95,6 +95,7 @@ class Engine(ScoringMethods):
         top_logprobs_num: int | Sequence[int] | None = None,
         token_ids_logprob: Sequence[Any] | None = None,
         custom_logit_processor: Any = None,
+        return_hidden_states: Any = None,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
@@ -120,6 +121,10 @@ class Engine(ScoringMethods):
                 max_new_tokens = 0 for what might come next.
             custom_logit_processor: a `CustomLogitProcessor`, for all prompts or a list of one each:
                 NumPy on the host, and slow. Registered functions are chosen in `sampling_params`.
+            return_hidden_states: `HiddenStates` of NumPy arrays, as `hidden_states` in `meta_info`.
+                True: the final ones, of all tokens that were read. "last": of the last of these, a
+                vector. A dict has `layers`, numbers as in transformers or points such as
+                "mlp_output.3", and `positions`, a list, "all" or "last".
             stream: return an iterator of chunks instead. They are cumulative, unless the engine has
                 `incremental_streaming_output`; those of a list carry `index`. Closing or dropping
                 the iterator aborts the rest.
@@ -144,6 +149,7 @@ class Engine(ScoringMethods):
             input_ids,
             logprobs,
             custom_logit_processor,
+            return_hidden_states,
             stream,
             rid,
             priority,
@@ -162,6 +168,7 @@ class Engine(ScoringMethods):
         top_logprobs_num: int | Sequence[int] | None = None,
         token_ids_logprob: Sequence[Any] | None = None,
         custom_logit_processor: Any = None,
+        return_hidden_states: Any = None,
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
@@ -177,6 +184,7 @@ class Engine(ScoringMethods):
             input_ids,
             logprobs,
             custom_logit_processor,
+            return_hidden_states,
             stream,
             rid,
             priority,
@@ -224,6 +232,7 @@ class Engine(ScoringMethods):
         input_ids,
         logprobs,
         processor,
+        states,
         stream,
         rid,
         priority,
@@ -238,7 +247,7 @@ class Engine(ScoringMethods):
             warnings.warn("priority: needs enable_priority_scheduling=True", stacklevel=3)
         defaults = args.sampling_defaults
         inputs = normalise(
-            prompt, sampling_params, input_ids, rid, priority, defaults, logprobs, processor
+            prompt, sampling_params, input_ids, rid, priority, defaults, logprobs, processor, states
         )
         requests = self._requests(inputs.entries, stream)
         options = self._started.output_options(stream)

@@ -18,6 +18,7 @@ from jaxengine.logprob_inputs import (
     plain,
 )
 from jaxengine.sampling_params import OTHER_SPELLINGS, SamplingParams
+from jaxengine.state_inputs import AskedStates, states_of
 
 UNAVAILABLE = {
     "image_data": "images are",
@@ -27,7 +28,6 @@ UNAVAILABLE = {
     "mm_content_hashes": "images are",
     "lora_path": "LoRA is",
     "require_reasoning": "parsing of reasoning is",
-    "return_hidden_states": "hidden states are",
     "return_routed_experts": "routing of experts is",
     "routed_experts_start_len": "routing of experts is",
     "bootstrap_host": "prefill/decode disaggregation is",
@@ -53,6 +53,7 @@ AVAILABLE = (
     "top_logprobs_num",
     "token_ids_logprob",
     "custom_logit_processor",
+    "return_hidden_states",
     "stream",
     "rid",
     "priority",
@@ -70,6 +71,7 @@ class Entry(NamedTuple):
     sample: int  # 0 .. n-1: which of the prompt's samples
     logprobs: AskedLogprobs | None = None
     processor: CustomLogitProcessor | None = None
+    states: AskedStates | None = None
 
 
 class Inputs(NamedTuple):
@@ -86,6 +88,7 @@ def normalise(
     defaults: Mapping[str, Any],
     logprobs: LogprobOptions = NO_LOGPROBS,
     processor: Any = None,
+    states: Any = None,
 ) -> Inputs:
     """The samples asked for: prompts in order, the `n` of each one after the other.
 
@@ -102,6 +105,7 @@ def normalise(
     priorities = _priorities(priority, len(texts))
     asked = logprobs_of(logprobs, len(texts), is_batch)
     processors = _processors(processor, len(texts))
+    asked_states = states_of(states, len(texts))
     entries = [
         Entry(
             texts[i],
@@ -112,6 +116,7 @@ def normalise(
             sample,
             asked[i],
             processors[i],
+            asked_states[i],
         )
         for i in range(len(texts))
         for sample in range(n)

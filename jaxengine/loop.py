@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from jaxengine import outputs
-from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs
+from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs, book_states
+from jaxengine.hidden_states import Gathered, Launch, WantedStates
 from jaxengine.logprobs import Told
 from jaxengine.pausing import finish_step
 from jaxengine.request import Request, Status
@@ -26,6 +27,8 @@ class StepRunner(Protocol):
     def collect(self, submitted: Any, /) -> Sequence[Sequence[int]]: ...
 
     def collect_logprobs(self, submitted: Any, /) -> tuple[Told | None, Told | None]: ...
+
+    def collect_states(self, submitted: Any, wanted: WantedStates, /) -> Launch: ...
 
     def close(self) -> None: ...
 
@@ -55,6 +58,7 @@ class Loop:
         self._max_queued_requests = max_queued_requests
         self._on_start = on_start
         self._on_end = on_end
+        self._states = Gathered()
         self._window = (self.last_step_time, 0)  # start of the present second, tokens by then
         self._live: dict[str, Request] = {}
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
@@ -167,6 +171,9 @@ class Loop:
     def _deliver(self, plan: StepPlan, submitted: Any) -> None:
         drawn = self.runner.collect(submitted)
         told = None if plan.wanted is None else self.runner.collect_logprobs(submitted)
+        if plan.states is not None:
+            self._states.add(launch := self.runner.collect_states(submitted, plan.states))
+            book_states(plan, launch)
         first = 0  # the row's first token among those that were read
         for index, (row, tokens) in enumerate(zip(plan.rows, drawn, strict=False)):  # then padding
             if told is not None and row.request.status is not Status.FINISHED:

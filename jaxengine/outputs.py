@@ -69,6 +69,7 @@ def result(
     text_start: int = 0,
     ids_start: int = 0,
     logprobs: Mapping[str, Any] | None = None,
+    hidden_states: Any = None,
 ) -> dict[str, Any]:
     """One result, or one chunk of a stream (`finish_reason` None but for the last).
 
@@ -89,6 +90,8 @@ def result(
     }
     if logprobs is not None:
         meta_info |= logprobs
+    if hidden_states is not None:
+        meta_info["hidden_states"] = hidden_states
     if e2e_latency is not None:
         meta_info["e2e_latency"] = e2e_latency
     if sent_at is not None:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxengine.hidden_states import StateBooks
 from jaxengine.logprobs import Logprobs
 from jaxengine.prefix_tree import Node
 from jaxengine.sampling_params import SamplingParams
@@ -46,6 +47,7 @@ class Request:
     seed: int
     priority: int = 0
     logprobs: Logprobs | None = None  # where some are asked for
+    states: StateBooks | None = None  # hidden ones, where some are asked for
     processor: Any = None  # a `CustomLogitProcessor`
     stop_text: Any = None  # `results.StopText`, where there are stop strings
     stream_interval: int | None = None  # None: report the end only

@@ -6,6 +6,7 @@ import time
 from typing import Any, NamedTuple
 
 from jaxengine import outputs
+from jaxengine.hidden_states import HiddenStates
 from jaxengine.request import Progress, Request
 from jaxengine.stopping import StopMatcher
 from jaxengine.tokenizer import Detokenizer
@@ -81,6 +82,7 @@ class Writer:
             text_start=self._num_chars_written if self._options.text_is_delta else 0,
             ids_start=self._num_ids_written if self._options.ids_are_deltas else 0,
             logprobs=self._logprobs(len(output_ids)),
+            hidden_states=self._hidden_states(len(output_ids)) if is_end else None,
         )
         self._was_sent = True
         self._num_ids_written, self._num_chars_written = len(output_ids), len(text or "")
@@ -90,6 +92,14 @@ class Writer:
         asked, prompt = self._request.logprobs, self._request.prompt_ids
         start = self._num_ids_written if self._options.text_is_delta else 0
         return None if asked is None else outputs.logprob_lists(asked, prompt, num_outputs, start)
+
+    def _hidden_states(self, num_outputs: int) -> Any:
+        """A vector where only the last is asked for."""
+        books = self._request.states
+        if books is None or not books.parts:  # or it ended before anything was read
+            return None
+        states = HiddenStates(books, len(self._request.prompt_ids), num_outputs)
+        return states.array()[0] if books.only_last and len(books.places) == 1 else states
 
     def _text(self, progress: Progress, output_ids: list[int]) -> str | None:
         if not self._has_text:

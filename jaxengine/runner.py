@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxengine import programs
 from jaxengine.compiling import Bucket, thinned
+from jaxengine.hidden_states import Launch, WantedStates
 from jaxengine.logprobs import Told
 from jaxengine.programs import Outputs, RowInputs
 from jaxengine.request import Request
@@ -116,6 +117,11 @@ class Runner:
     def collect_logprobs(self, told: Outputs) -> tuple[Told | None, Told | None]:
         """What it tells of the tokens drawn, `[steps, rows]`, and of those behind tokens read."""
         return jax.tree.map(np.asarray, (told.of_drawn, told.of_inputs))
+
+    def collect_states(self, told: Outputs, wanted: WantedStates) -> Launch:
+        """Its hidden states, which stay on the device."""
+        assert told.states is not None, "they were asked for"
+        return Launch(wanted.places, *told.states)
 
     def close(self) -> None:
         """Gives the device memory back. Nothing of the device is left to be freed later, perhaps

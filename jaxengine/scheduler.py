@@ -13,7 +13,7 @@ by rows of the very step that writes them: a layer writes the K and V of all row
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jaxengine.hidden_states import WantedStates
+from jaxengine.hidden_states import WantedStates, merged_states
 from jaxengine.logprobs import Wanted, merged
 from jaxengine.pages import PagePool
 from jaxengine.prefix_tree import Node, PrefixTree
@@ -159,6 +159,7 @@ class Scheduler:
             num_tokens,
             num_steps,
             wanted=_wanted(rows),
+            states=_states(rows),
             pauses=any(row.request.pauses and row.num_draws for row in rows),
         )
 
@@ -269,6 +270,8 @@ class Scheduler:
         limit = len(tokens) - 1  # one token is left to draw from
         if request.logprobs is not None:
             limit = min(limit, request.logprobs.num_reusable(len(request.prompt_ids), limit))
+        if request.states is not None:
+            limit = min(limit, request.states.num_reusable(limit))
         return self.tree.match(tokens, limit)
 
     def _num_shared(self, request: Request) -> int:
@@ -372,4 +375,13 @@ def _wanted(rows: Sequence[Row]) -> Wanted | None:
         (asked, asked.tells_inputs(start, start + query_len, len(request.prompt_ids)))
         for request, _, start, query_len, *_ in rows
         if (asked := request.logprobs) is not None
+    )
+
+
+def _states(rows: Sequence[Row]) -> WantedStates | None:
+    """The same of hidden states."""
+    return merged_states(
+        (asked, asked.tells_inputs(start, start + query_len))
+        for request, _, start, query_len, *_ in rows
+        if (asked := request.states) is not None
     )

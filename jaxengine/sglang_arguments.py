@@ -161,9 +161,12 @@ GROUPS: tuple[tuple[Verdict, str], ...] = (
     ),
     (
         Refused("only text is generated so far; leave it out"),
-        """is_embedding multi_item_scoring_delimiter=None enable_return_hidden_states
-        enable_return_routed_experts enable_custom_logit_processor dllm_algorithm=None
-        dllm_algorithm_config=None""",
+        """is_embedding multi_item_scoring_delimiter=None enable_return_routed_experts
+        dllm_algorithm=None dllm_algorithm_config=None""",
+    ),
+    (
+        Ignored("any request may ask for it, at no cost to the others"),
+        "enable_return_hidden_states=False|True enable_custom_logit_processor=False|True",
     ),
     (
         Refused("there are no hooks into the model yet; leave it out"),

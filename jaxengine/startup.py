@@ -142,6 +142,7 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         tokenizer=found.tokenizer,
         limits=Limits(
             vocab_size=found.config.vocab_size,
+            num_layers=found.config.num_layers,
             context_length=sizes.context_length,
             pool_tokens=num_pages * args.page_size,
             eos_token_ids=found.eos_token_ids,

@@ -8,6 +8,7 @@ on all before. So `naive_output` is what a request must get, however it was sche
 import zlib
 from collections.abc import Collection, Sequence
 
+from jaxengine.hidden_states import Launch, WantedStates
 from jaxengine.request import Request
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.scheduler import Row, StepPlan
@@ -107,6 +108,9 @@ class FakeRunner:
 
     def collect_logprobs(self, submitted: list[list[int]]) -> tuple[None, None]:
         return None, None
+
+    def collect_states(self, submitted: list[list[int]], wanted: WantedStates) -> Launch:
+        raise AssertionError("nobody asks for any")
 
     def close(self) -> None:
         self.is_closed = True

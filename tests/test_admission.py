@@ -16,6 +16,7 @@ VOCAB, EOS = 100, 9
 def limits(context: int = 64, pool: int = 1000, truncates: bool = False) -> Limits:
     return Limits(
         vocab_size=VOCAB,
+        num_layers=2,
         context_length=context,
         pool_tokens=pool,
         eos_token_ids=frozenset({EOS}),

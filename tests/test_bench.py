@@ -269,6 +269,9 @@ class FakeRunner:
     def collect_logprobs(self, step: FakeStep) -> tuple[None, None]:
         return None, None
 
+    def collect_states(self, step: FakeStep, wanted: Any) -> Any:
+        raise AssertionError("nobody asks for any")
+
     def close(self) -> None:
         self.closed = True
 
