@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxengine.hub import read_json
@@ -36,11 +37,19 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Tensor]:
                 view = file.get_slice(name)
                 tensors[name] = Tensor(path, file, tuple(view.get_shape()), view.get_dtype())
         except (OSError, SafetensorError) as error:
-            raise unreadable(path, error) from error
+            raise _unreadable(path, error) from error
     return tensors
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
+def read(tensor: Tensor, name: str) -> np.ndarray:
+    """The values of a tensor whose file is open."""
+    try:
+        return tensor.file.get_tensor(name)
+    except SafetensorError as error:
+        raise _unreadable(tensor.path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
     """The error of a damaged file, naming it."""
     return ValueError(
         f"{path} is not a whole safetensors file ({error}); it may be truncated, or a Git "

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_scoring import ScoringMethods
+from jaxengine.engine_weights import WeightMethods
 from jaxengine.functions import registered
 from jaxengine.inputs import Entry, normalise, refuse_unavailable
 from jaxengine.logprob_inputs import LogprobOptions
@@ -33,7 +34,7 @@ class FlushResult(NamedTuple):
     success: bool
 
 
-class Engine(ScoringMethods):
+class Engine(ScoringMethods, WeightMethods):
     """A model on a device, and a thread that continues prompts with it.
 
     `Engine(model_path=..., ...)` with the fields of `ServerArgs`, or

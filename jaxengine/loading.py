@@ -2,14 +2,17 @@
 It does not know what runs the model.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxengine import models, weights
+from jaxengine.checkpoint import open_checkpoint, read
 from jaxengine.hub import read_json, resolve_model
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
@@ -62,6 +65,30 @@ def load_parameters(args: ServerArgs, found: FoundModel, abstract: nnx.Module, d
             is_ignorable=lambda name: models.is_ignorable(name, config),
             progress=args.show_progress,
         )
+
+
+def read_checkpoint(
+    args: ServerArgs, model_path: str | None, running: ModelConfig
+) -> dict[str, np.ndarray]:
+    """All tensors of another checkpoint of the running model, on the host.
+
+    Raises: ValueError where there is none, or its configuration makes it another model.
+    """
+    folder = resolve_model(model_path, download_dir=args.download_dir)
+    config = ModelConfig.from_dict(read_json(folder / "config.json") | args.model_overrides)
+    is_other = {
+        name
+        for name, value in vars(config).items()
+        if value != getattr(running, name) and name not in ("dtype", "eos_ids", "bos_id")
+    }
+    if is_other:
+        raise ValueError(
+            f"{folder} is another model: its config.json differs in {', '.join(sorted(is_other))}; "
+            "make a new engine for it"
+        )
+    with ExitStack() as files:
+        tensors = open_checkpoint(folder, files)
+        return {name: read(tensor, name) for name, tensor in tensors.items()}
 
 
 def choose_dtype(args: ServerArgs, config: ModelConfig, is_cpu: bool) -> str:

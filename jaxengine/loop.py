@@ -43,12 +43,15 @@ class Loop:
         *,
         overlaps: bool = True,
         max_queued_requests: int | None = None,
+        weight_version: str = "default",
         on_start: Callable[[], None] | None = None,
         on_end: Callable[[], None] | None = None,
     ):
         self.scheduler = scheduler
         self.runner = runner
         self.error: BaseException | None = None
+        self.weight_version = weight_version
+        self.unready: str | None = None  # why no request can be computed at present
         self.after_step: Callable[[], None] | None = None  # tests check the books here
         self.num_steps = 0
         self.num_output_tokens = 0
@@ -209,7 +212,7 @@ class Loop:
             self._finish(request, reason, keeps_prefix=reason is not NOT_FINITE_REASON)
         elif interval := request.stream_interval:  # a chunk after the first token, and so on
             if (num_tokens - 1) // interval > (num_before - 1) // interval:
-                request.publish()
+                request.publish(self.weight_version)
 
     def _finish(self, request: Request, reason: dict[str, Any], keeps_prefix: bool = True) -> None:
         self.scheduler.finish(request, reason, keeps_prefix)
@@ -224,9 +227,11 @@ class Loop:
     def _report_end(self, request: Request) -> None:
         request.finish_time = time.time()
         del self._live[request.rid]
-        request.publish()
+        request.publish(self.weight_version)
 
     def _add(self, requests: list[Request]) -> None:
+        if self.unready is not None:
+            raise RuntimeError(self.unready)
         taken = [request.rid for request in requests if request.rid in self._live]
         if taken:
             raise ValueError(f"rid {taken[0]!r} is in use by an unfinished request; choose another")

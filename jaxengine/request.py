@@ -33,6 +33,7 @@ class Progress(NamedTuple):
     num_tokens: int = 0
     finish_reason: dict[str, Any] | None = None
     stop_text: str | None = None  # the text to show, where stop strings are watched
+    weight_version: str = "default"  # of the weights by then
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,8 +107,8 @@ class Request:
         """Whether a step has something to compute for it, as far as is known one step ahead."""
         return self.num_computed < self.num_to_compute
 
-    def publish(self) -> None:
+    def publish(self, weight_version: str) -> None:
         """Makes the present state visible to the caller's thread."""
         text = None if self.stop_text is None else self.stop_text.shown
-        self.progress = Progress(len(self.output_ids), self.finish_reason, text)
+        self.progress = Progress(len(self.output_ids), self.finish_reason, text, weight_version)
         self.report()

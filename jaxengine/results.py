@@ -15,7 +15,6 @@ from jaxengine.tokenizer import Detokenizer
 class OutputOptions(NamedTuple):
     """How the results of a call are written."""
 
-    weight_version: str = "default"
     ids_are_deltas: bool = False  # chunks hold the ids since the chunk before
     text_is_delta: bool = False
 
@@ -76,7 +75,7 @@ class Writer:
             prompt_tokens=len(request.prompt_ids),
             cached_tokens=request.num_cached or 0,
             total_retractions=request.num_retractions,
-            weight_version=self._options.weight_version,
+            weight_version=progress.weight_version,
             e2e_latency=latency if is_end else None,
             sent_at=None if self._was_sent else time.time(),
             text_start=self._num_chars_written if self._options.text_is_delta else 0,

@@ -55,7 +55,7 @@ class Runner:
         self._variants: dict[Any, Any] = {}  # compiled when they are first needed
         self._thinned = thinned(self._steps)  # the sizes that these have
         self._empty_install = steps.empty_install()
-        self._cache, self._state = steps.make_buffers(num_pages)
+        self.put_buffers(self.make_buffers())
         self._num_slots = self._state.tokens.shape[0] - 1
         self._warm_up()
 
@@ -123,12 +123,35 @@ class Runner:
         assert told.states is not None, "they were asked for"
         return Launch(wanted.places, *told.states)
 
+    @property
+    def params(self) -> tuple[jax.Array, ...]:
+        """The parameters, in the order of their tree's leaves."""
+        return self._params
+
+    def put_params(self, params: Sequence[jax.Array]) -> None:
+        """Other arrays in place of the parameters, of the same shapes."""
+        self._params = tuple(params)
+
+    def make_buffers(self) -> tuple[tuple[jax.Array, ...], RequestState]:
+        """An empty KV pool and request state."""
+        return self._programs.make_buffers(self._num_pages)
+
+    def put_buffers(self, buffers: tuple[tuple[jax.Array, ...], RequestState]) -> None:
+        self._cache, self._state = buffers
+
+    def delete_params(self) -> None:
+        """Gives their memory back; until others are put in their place there are no steps."""
+        _delete(self._params)
+
+    def delete_buffers(self) -> None:
+        """Gives the memory of KV pool and request state back, likewise."""
+        _delete((self._cache, self._state))
+
     def close(self) -> None:
         """Gives the device memory back. Nothing of the device is left to be freed later, perhaps
         when the interpreter is half gone already."""
-        for leaf in jax.tree.leaves((self._params, self._cache, self._state)):
-            if not leaf.is_deleted():
-                leaf.delete()
+        self.delete_params()
+        self.delete_buffers()
         self._params = self._cache = ()
         del self._state, self._install, self._steps, self._variants
 
@@ -238,3 +261,9 @@ def _sent(told: Outputs) -> Outputs:
     for leaf in jax.tree.leaves(told._replace(states=None)):
         leaf.copy_to_host_async()
     return told
+
+
+def _delete(arrays: Any) -> None:
+    for leaf in jax.tree.leaves(arrays):
+        if not leaf.is_deleted():
+            leaf.delete()

@@ -124,10 +124,18 @@ class Scheduler:
 
     def flush_cache(self) -> bool:
         """Forgets every cached prefix; refused while a request runs or waits."""
-        if not self.is_idle:
-            return False
-        self.pool.free(self.tree.evict(self.tree.num_evictable))
-        return True
+        if self.is_idle:
+            self._forget_prefixes()
+        return self.is_idle
+
+    def start_over(self) -> int:
+        """Sends back whatever runs and forgets every prefix, so that nothing which was computed is
+        used again; returns how many requests ran. Their outputs so far stay."""
+        running = list(self.running)
+        for request in running:
+            self._retract(request)
+        self._forget_prefixes()
+        return len(running)
 
     # One step
 
@@ -289,6 +297,9 @@ class Scheduler:
     def _needs_page(self, request: Request) -> bool:
         return request.num_computed == len(request.pages) * self.page_size
 
+    def _forget_prefixes(self) -> None:
+        self.pool.free(self.tree.evict(self.tree.num_evictable))
+
     def _allocate(self, count: int) -> list[int]:
         missing = count - self.pool.num_free
         if missing > 0:
@@ -312,6 +323,7 @@ class Scheduler:
             num_needed -= self._needs_page(last)
             if runnable:
                 self._retract(last)
+                self._growth = min(1.0, self._growth + GROWTH_RAISE)
                 has_retracted = True
         return has_retracted
 
@@ -322,7 +334,6 @@ class Scheduler:
         request.num_retractions += 1
         request.status = Status.WAITING
         self._waiting.put_back(request)
-        self._growth = min(1.0, self._growth + GROWTH_RAISE)
 
     def _take_retracted(self) -> tuple[tuple[Request, int], ...]:
         taken, self._retracted = tuple(self._retracted), []

@@ -79,6 +79,9 @@ class _Fields:
     max_total_tokens: int | None = argument(None, "size of the KV cache; default: what fits", low=1)
     max_running_requests: int | None = argument(None, "requests that run at a time", low=1)
     max_queued_requests: int | None = argument(None, "requests that wait at most", low=1)
+    enable_weights_cpu_backup: bool = argument(
+        False, "keep released weights in host memory, and bring them back when resumed"
+    )
     page_size: int = argument(64, "tokens of a page of the KV cache", low=1)
     chunked_prefill_size: int | None = argument(
         None, "prompt tokens of a step at most; -1: no chunks"

@@ -178,10 +178,8 @@ GROUPS: tuple[tuple[Verdict, str], ...] = (
         "enable_nan_detection",
     ),
     (
-        Refused(
-            "releasing GPU memory while the engine lives is not available yet; call shutdown()"
-        ),
-        "enable_memory_saver enable_weights_cpu_backup",
+        Ignored("memory can be released and resumed in any case"),
+        "enable_memory_saver",
     ),
     (
         Refused(

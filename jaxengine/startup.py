@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxengine import models
 from jaxengine.admission import Limits
 from jaxengine.building import build
 from jaxengine.compiling import CompileCounter
@@ -24,6 +25,7 @@ from jaxengine.loading import find_model
 from jaxengine.loop import Loop
 from jaxengine.memory import Demand, device_bytes
 from jaxengine.models.config import ModelConfig
+from jaxengine.occupation import Occupation
 from jaxengine.results import OutputOptions
 from jaxengine.runner import Runner
 from jaxengine.scheduler import Scheduler
@@ -31,6 +33,7 @@ from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes, choose_sizes
 from jaxengine.version import __version__
 from jaxengine.watchdog import Watchdog
+from jaxengine.weight_updates import named_parts
 
 logger = logging.getLogger("jaxengine")
 
@@ -44,6 +47,7 @@ class Started:
     tokenizer: Any
     limits: Limits
     sizes: Sizes
+    occupation: Occupation
     random_seed: int
     model_config: ModelConfig
     device: Any
@@ -56,7 +60,6 @@ class Started:
     def output_options(self, is_stream: bool) -> OutputOptions:
         args = self.args
         return OutputOptions(
-            weight_version=args.weight_version,
             ids_are_deltas=is_stream and (args.stream_output or args.incremental_streaming_output),
             text_is_delta=is_stream and args.incremental_streaming_output,
         )
@@ -65,6 +68,7 @@ class Started:
         """What `Engine.get_server_info` returns."""
         return {
             **asdict(self.args),
+            "weight_version": self.loop.weight_version,
             "served_model_name": self.args.served_model_name or self.args.model_path,
             "status": "ready" if self.loop.is_alive else "stopped",
             "version": __version__,
@@ -129,6 +133,7 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         runner,
         overlaps=not args.disable_overlap_schedule,
         max_queued_requests=args.max_queued_requests,
+        weight_version=args.weight_version,
         on_start=counter.start,
         on_end=counter.close,
     )
@@ -150,6 +155,13 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
             functions=functions,
         ),
         sizes=sizes,
+        occupation=Occupation(
+            loop,
+            runner,
+            named_parts(built.params, models.checkpoint_pieces(found.config)),
+            programs.params,
+            keeps_backup=args.enable_weights_cpu_backup,
+        ),
         random_seed=random_seed,
         model_config=found.config,
         device=device,

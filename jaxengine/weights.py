@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from jaxengine.checkpoint import Tensor, open_checkpoint, unreadable
+from jaxengine.checkpoint import Tensor, open_checkpoint, read
 from jaxengine.models.interface import Piece
 
 DTYPES = ("BF16", "F16", "F32", "F64")
@@ -41,7 +40,7 @@ def load_parameters(
     except those that `is_ignorable`.
     """
     leaves = nnx.to_flat_state(nnx.state(model))
-    wanted = {_dotted(path): param for path, param in leaves}
+    wanted = {dotted(path): param for path, param in leaves}
     if wanted.keys() != pieces.keys():
         raise RuntimeError(f"parameters and pieces differ: {sorted(wanted.keys() ^ pieces.keys())}")
     with ExitStack() as files:
@@ -83,7 +82,7 @@ def _place(
     placed = []
     sending = None
     for path, param in leaves:
-        host = _read(pieces[_dotted(path)], tensors, param.shape, np.dtype(param.dtype))
+        host = _read(pieces[dotted(path)], tensors, param.shape, np.dtype(param.dtype))
         if sending is not None:
             sending.block_until_ready()  # it holds its host buffer until then
         sending = jax.device_put(host)
@@ -97,26 +96,28 @@ def _read(
 ) -> np.ndarray:
     """One parameter, filled with its pieces."""
     if len(parts) == 1:
-        return _cast(tensors[parts[0].name], parts[0].name, dtype).reshape(shape)
+        return _read_tensor(tensors[parts[0].name], parts[0].name, dtype).reshape(shape)
     host = np.empty(shape, dtype)
     for name, index in parts:
         part = host[index]
-        part[...] = _cast(tensors[name], name, dtype).reshape(part.shape)
+        part[...] = _read_tensor(tensors[name], name, dtype).reshape(part.shape)
     return host
 
 
-def _cast(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
+def _read_tensor(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
+    return cast(read(tensor, name), dtype, f"{name} in {tensor.path}")
+
+
+def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`values` as `dtype`; ValueError, naming them, where float16 has no room for one."""
+    if dtype == np.float16 and values.dtype != dtype:
+        values = values.astype(np.float32)  # from here NumPy notices an overflow
     try:
-        values = tensor.file.get_tensor(name)
-        if dtype == np.float16 and values.dtype != dtype:
-            values = values.astype(np.float32)  # from here NumPy notices an overflow
         with np.errstate(over="raise"):
             return values.astype(dtype, copy=False)
-    except SafetensorError as error:
-        raise unreadable(tensor.path, error) from error
     except FloatingPointError as error:
         raise ValueError(
-            f"{name} in {tensor.path} has values beyond {dtype.name}; load it with dtype='bfloat16'"
+            f"{name} has values beyond {dtype.name}; load it with dtype='bfloat16'"
         ) from error
 
 
@@ -130,7 +131,7 @@ def _check(
     """ValueError unless the checkpoint's names, shapes and dtypes are the model's."""
     needed: dict[str, tuple[int, ...]] = {}
     for path, parts in pieces.items():
-        shapes = {name: _shape_of(wanted[path].shape, index) for name, index in parts}
+        shapes = {name: shape_of(wanted[path].shape, index) for name, index in parts}
         if sum(map(math.prod, shapes.values())) != wanted[path].size:
             raise RuntimeError(f"the pieces of {path} do not fill its shape {wanted[path].shape}")
         needed |= shapes
@@ -144,7 +145,7 @@ def _check(
             if tensors[name].dtype not in DTYPES
         },
     }
-    problems = [f"{what}: {_listed(names)}" for what, names in wrong.items() if names]
+    problems = [f"{what}: {listed(names)}" for what, names in wrong.items() if names]
     if problems:
         raise ValueError(
             f"the weights in {folder} do not fit its config.json. " + ". ".join(problems)
@@ -156,11 +157,11 @@ def _misshapen(
 ) -> Iterable[str]:
     for name in needed.keys() & tensors.keys():
         path, _, shape, _ = tensors[name]
-        if not _merges_to(needed[name], shape):
+        if not merges_to(needed[name], shape):
             yield f"{name} in {path.name} is {shape}, expected {needed[name]} (neighbours merged)"
 
 
-def _merges_to(shape: tuple[int, ...], merged: tuple[int, ...]) -> bool:
+def merges_to(shape: tuple[int, ...], merged: tuple[int, ...]) -> bool:
     """Whether multiplying neighbouring dimensions of `shape` gives `merged`."""
     rest = list(shape)
     for size in merged:
@@ -172,16 +173,17 @@ def _merges_to(shape: tuple[int, ...], merged: tuple[int, ...]) -> bool:
     return math.prod(rest) == 1
 
 
-def _shape_of(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
+def shape_of(shape: tuple[int, ...], index: Any) -> tuple[int, ...]:
     """The shape of `parameter[index]`."""
     return np.broadcast_to(np.int8(0), shape)[index].shape
 
 
-def _dotted(path: Sequence[Any]) -> str:
+def dotted(path: Sequence[Any]) -> str:
+    """The name of a parameter, from its path in the model."""
     return ".".join(map(str, path))
 
 
-def _listed(names: Iterable[str], limit: int = 10) -> str:
+def listed(names: Iterable[str], limit: int = 10) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more

@@ -7,6 +7,7 @@ on all before. So `naive_output` is what a request must get, however it was sche
 
 import zlib
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from jaxengine.hidden_states import Launch, WantedStates
 from jaxengine.request import Request
@@ -81,7 +82,8 @@ class FakeRunner:
 
     def __init__(self, *, num_pages: int, page_size: int, num_slots: int):
         self.page_size = page_size
-        self.pages = [[NOTHING] * page_size for _ in range(num_pages + 1)]
+        self.pages: list[list[Any]] = [[NOTHING] * page_size for _ in range(num_pages + 1)]
+        self.weights = 0  # which of the weights what is written comes from
         self.slots: list[Slot | None] = [None] * num_slots
         self.broken_rids: set[str] = set()  # requests whose logits are no numbers from now on
         self.is_closed = False
@@ -143,12 +145,13 @@ class FakeRunner:
             page = self.pages[slot.table[position // self.page_size]]
             offset = position % self.page_size
             assert page[offset] == NOTHING, f"{row.request.rid} overwrites what is in use"
-            page[offset] = slot.values[position]
+            page[offset] = slot.values[position], self.weights
 
     def _draw(self, row: Row, step: int) -> int:
         slot, kv_len = self.slot(row), row.start + step + row.query_len
         held = [value for page in slot.table for value in self.pages[page]]
-        assert held[:kv_len] == slot.values[:kv_len], f"{row.request.rid} reads foreign tokens"
+        expected = [(value, self.weights) for value in slot.values[:kv_len]]
+        assert held[:kv_len] == expected, f"{row.request.rid} reads foreign tokens"
         token = next_token(slot.values[kv_len - 1])
         if row.num_draws:
             assert kv_len == len(slot.values), "a token is drawn where the next one is known"

@@ -108,7 +108,7 @@ def test_times_are_told_once(tokenizer):
 def test_without_a_tokenizer_there_are_ids_only(tokenizer):
     request = request_of(tokenizer)
     request.output_ids = [5]
-    chunk = Writer(request, None, OutputOptions("v2")).write(Progress(1))
+    chunk = Writer(request, None, OutputOptions()).write(Progress(1, weight_version="v2"))
     assert chunk.keys() == {"output_ids", "meta_info"}
     assert chunk["meta_info"]["weight_version"] == "v2"
 
@@ -174,7 +174,7 @@ def test_the_writer_shows_what_the_watch_on_stop_strings_does(tokenizer):
         request.output_ids.append(token)
         matched = request.stop_text.add(token)
         request.finish_reason = outputs.stop_reason(matched) if matched else None
-        request.publish()
+        request.publish("default")
         texts.append(writer.write(request.progress)["text"])
         if matched:
             break

@@ -707,6 +707,13 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     def flush(self) -> None:
         assert self.host.scheduler.flush_cache() == (not self.host.live)
 
+    @rule()
+    def change_weights(self) -> None:
+        self.host.runner.weights += 1  # what was written before must not be read again
+        num_running = len(self.host.scheduler.running)
+        assert self.host.scheduler.start_over() == num_running
+        assert not list(self.host.scheduler.tree.nodes())
+
     @invariant()
     def books_are_right(self) -> None:
         if hasattr(self, "host"):
