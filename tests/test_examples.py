@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import jaxengine
 from jaxengine.engine import Engine
+from jaxengine.hub import resolve_model
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -82,6 +84,20 @@ def test_scores_tell_sense_from_nonsense(run_example: Callable[..., str], tmp_pa
     assert "The import statement is a kind of fruit." in out
     page = (tmp_path / "scores.html").read_text(encoding="utf-8")
     assert page.count('id="result-') == 3 and "fruit" in page
+
+
+def test_the_reward_rises_with_each_round_of_training(
+    shared_engine: Engine, run_example: Callable[..., str]
+) -> None:
+    words = ("--rounds", "2", "--samples", "64", "--steps", "8")
+    try:
+        with jax.numpy_dtype_promotion("standard"):  # optax is not strict
+            out = run_example("rejection_sampling.py", *words)
+    finally:
+        assert shared_engine.update_weights_from_disk(str(resolve_model(None))).success
+    rewards = [float(number) for number in re.findall(r"the reward is ([0-9.]+)", out)]
+    assert len(rewards) == 3 and rewards[0] < rewards[1] < rewards[2], rewards
+    assert rewards[2] > 2 * rewards[0]
 
 
 def test_the_demo_shows_text_speed_and_what_to_type_next(
