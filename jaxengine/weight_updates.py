@@ -113,9 +113,7 @@ class Copies:
         """A function of the old parameter, whose array it donates. The values may be anywhere; they
         are only read."""
         old, (part, values) = self._params[change.part.parameter], change
-        new = jax.ShapeDtypeStruct(
-            values.shape, jax.dtypes.canonicalize_dtype(values.dtype), sharding=old.sharding
-        )
+        new = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=old.sharding)
         key = old.shape, old.dtype, repr(part.index), new.shape, new.dtype
         if key not in self._compiled:
             copy = jax.jit(

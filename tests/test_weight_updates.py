@@ -168,6 +168,12 @@ def test_other_floats_are_cast(engine, new, dtype):
     assert engine.get_weights_by_name(UP) == new[1][UP].astype(dtype).astype(np.float32).tolist()
 
 
+def test_a_weakly_typed_array_is_an_array_like_any_other(engine):
+    assert (ones := jnp.full((96, 64), 1.0)).weak_type
+    engine.update_weights({UP: ones})
+    assert engine.get_weights_by_name(UP, 1) == [[1.0] * 64]
+
+
 def test_a_state_on_two_steps_of_training_costs_one_compilation_of_each_shape(engine, new):
     copies = engine._started.occupation._copies
     engine.update_weights(state_of(new[0]))
