@@ -1,7 +1,8 @@
 """The functions registered with an engine: how they are checked, what the device remembers for
 them, and their part of a step. It knows rows and slots, no requests.
 
-A step computes all of them for all rows, and each row keeps what those it chose have made of it.
+A step computes those that some row has chosen, for all rows; each row keeps what the ones of its
+own choice have made of it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -167,34 +168,43 @@ class Functions:
         and what is to be remembered of the rows."""
         if not isinstance(choices, Choices):
             return logits, draw(logits), memory
-        rows = see()
-        memory = dict(memory)
-        is_chosen = dict(choices.is_chosen)
+        rows, memory = see(), dict(memory)
         for name, each in self.processors.items():
             given = logits, choices.params[name], rows
-            new, memory = self._called(name, each, given, memory)
-            logits = jnp.where(is_chosen[name][:, None], new, logits)
+            is_chosen = choices.is_chosen[name]
+            logits, memory = _made_where(is_chosen, name, each, given, logits, memory)
         drawn = draw(logits)
         if self.sampler is not None:
-            is_chosen[SAMPLER] = (rows.sampling.temperature > 0) & (drawn != UNUSABLE)
             given = logits, choices.params[SAMPLER], rows
-            own, memory = self._called(SAMPLER, self.sampler, given, memory)
-            drawn = jnp.where(is_chosen[SAMPLER], own, drawn)
+            is_random = (rows.sampling.temperature > 0) & (drawn != UNUSABLE)
+            drawn, memory = _made_where(is_random, SAMPLER, self.sampler, given, drawn, memory)
         for name, each in self.of_logits.items():
             if each.after is not None:
-                params = choices.params[name]
-                after = each.over_rows(each.after)
+                after, params = each.over_rows(each.after), choices.params[name]
                 memory[name] = after(memory[name], params, rows, drawn, logits)
         return logits, drawn, memory
 
-    def _called(
-        self, name: str, each: LogitsProcessor, given: Sequence[Any], memory: dict[str, Any]
-    ) -> tuple[Array, dict[str, Any]]:
+
+def _made_where(
+    is_chosen: Bool[Array, " B"],
+    name: str,
+    each: LogitsProcessor,
+    given: Sequence[Any],
+    otherwise: Array,
+    memory: dict[str, Any],
+) -> tuple[Array, dict[str, Any]]:
+    """What a function makes of the rows that chose it, and what is remembered of them. Where no row
+    did, it does not run."""
+
+    def run(otherwise: Array, state: Any) -> tuple[Array, Any]:
         call = each.over_rows(each.function)
-        if each.init is None:
-            return call(*given), memory
-        made, state = call(*given, memory[name])
-        return made, memory | {name: state}
+        made, state = (call(*given), state) if each.init is None else call(*given, state)
+        chosen = jnp.expand_dims(is_chosen, range(1, made.ndim))
+        return jnp.where(chosen, made, otherwise), state
+
+    skip = lambda otherwise, state: (otherwise, state)
+    made, state = lax.cond(is_chosen.any(), run, skip, otherwise, memory.get(name, ()))
+    return made, memory if each.init is None else memory | {name: state}
 
 
 NO_FUNCTIONS = Functions()
@@ -256,9 +266,12 @@ def _edit(
     def edit(place: Place, value: Float[Array, "T D"]) -> Float[Array, "T D"]:
         layer = jnp.full_like(batch.positions, -1 if place.layer is None else place.layer)
         tokens = Token(batch.positions, batch.prompt_lens[row], layer)
-        wide = value.astype(jnp.float32)
-        new = jax.vmap(intervention.function)(wide, params, tokens)
-        return jnp.where(is_chosen[:, None], new.astype(value.dtype), value)
+
+        def run(value: Float[Array, "T D"]) -> Float[Array, "T D"]:
+            new = jax.vmap(intervention.function)(value.astype(jnp.float32), params, tokens)
+            return jnp.where(is_chosen[:, None], new.astype(value.dtype), value)
+
+        return lax.cond(is_chosen.any(), run, lambda value: value, value)
 
     return edit
 
