@@ -6,8 +6,8 @@ b of them do not end, and keeps the b best that go on. The score of a beam is
     log p(tokens) / number of tokens ^ length_penalty
 
 with a length_penalty of at least 0. A beam whose last token is a stop token is finished. The search
-ends once b are and none that still runs could come to a better score. The prefix cache keeps what
-the beams have in common, so a step costs the engine little more than a token a beam.
+ends once b are and none that still runs could come to a better score. Of what was computed before,
+the prefix cache has all full pages, so a step computes a page of tokens a beam at most.
 
 Source: the algorithm as in Wu et al. 2016, "Google's Neural Machine Translation System",
 arXiv:1609.08144, section 7, with the plain power of the length; that of transformers with
