@@ -27,7 +27,7 @@ from jaxengine.memory import (
 from jaxengine.models.config import ModelConfig
 from jaxengine.pallas_kernels.dispatch import Kernels, Problem, choose
 from jaxengine.sampling.probabilities import block_size
-from jaxengine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxengine.sampling_values import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes
 from jaxengine.step_programs import INSTALL, StepPrograms

@@ -76,11 +76,22 @@ SAMPLING = {
     "presence_penalty": "above 0: avoid tokens that were generated",
     "repetition_penalty": "above 1: the same, by a factor",
     "logit_bias": "JSON object of token id to what is added to its logit",
+    "json_schema": "the completion is JSON that this JSON Schema accepts",
+    "regex": "the completion matches this expression as a whole",
+    "ebnf": "the completion is what `root ::= ...` of this grammar derives",
+    "structural_tag": "JSON object: after some text begins, what follows is of a schema",
     "skip_special_tokens": "leave tokens such as <|im_end|> out of the text",
     "spaces_between_special_tokens": "accepted for SGLang's sake",
 }
 """Field of `SamplingParams` -> help of its option."""
 
+TEXTS = {
+    "logit_bias": "JSON",
+    "json_schema": "JSON",
+    "regex": "X",
+    "ebnf": "X",
+    "structural_tag": "JSON",
+}
 LISTS = {"stop": str, "stop_token_ids": int, "stop_regex": str}
 CHAT_DEFAULTS = {"temperature": 0.7, "max_new_tokens": None}
 
@@ -273,8 +284,8 @@ def _add_sampling(
             settings |= {"action": "append", "type": LISTS[name], "metavar": "X"}
         elif isinstance(default, bool):
             settings["action"] = argparse.BooleanOptionalAction if default else "store_true"
-        elif name == "logit_bias":
-            settings |= {"metavar": "JSON"}
+        elif name in TEXTS:
+            settings |= {"metavar": TEXTS[name]}
         else:
             settings |= {"type": kind_of(hints[name]), "metavar": "N"}
             if default is not None and description is None:

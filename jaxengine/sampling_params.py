@@ -2,20 +2,11 @@
 It imports no arrays and knows no model; `validate_for` checks what depends on a vocabulary."""
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
-MAX_STOP_STRINGS = 32
-MAX_STOP_REGEXES = 32
-MAX_STOP_REGEX_BYTES = 256
-MAX_STOP_TOKEN_IDS = 64
-MAX_FUNCTIONS = 64
-MAX_LOGIT_BIAS = 1024
-"""Entries of `logit_bias`: every running request has room for so many on the device."""
+from jaxengine import sampling_values
 
 GREEDY_BELOW = 1e-6
 """A temperature below this decodes greedily."""
@@ -39,14 +30,20 @@ OTHER_SPELLINGS = {
 """What other libraries call a field, so that the error can name ours."""
 
 UNAVAILABLE = {
-    "json_schema": "structured output",
-    "regex": "structured output",
-    "ebnf": "structured output",
-    "structural_tag": "structured output",
     "beam_width": "beam search",
     "watermark": "watermarking",
 }
 """Fields known by name whose feature does not exist yet: setting one is refused, never ignored."""
+
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+"""Fields that say what form the completion must have; one of them at most."""
+
+
+class GrammarSpec(NamedTuple):
+    """What form a completion must have: the name of the field that says so, and its text."""
+
+    field: str
+    text: str
 
 
 class DefaultLength(int):
@@ -79,10 +76,10 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
     n: int = 1
-    json_schema: str | None = None
+    json_schema: str | Mapping[str, Any] | None = None  # kept as text, as are the next three
     regex: str | None = None
     ebnf: str | None = None
-    structural_tag: str | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -102,8 +99,9 @@ class SamplingParams:
         self._set_flags()
         self._set_stops()
         self._set_functions()
+        self._set_grammars()
         if self.logit_bias is not None:
-            self._set("logit_bias", _biases(self.logit_bias))
+            self._set("logit_bias", sampling_values.biases(self.logit_bias))
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens: expected at most max_new_tokens = {self.max_new_tokens}, "
@@ -131,6 +129,12 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def grammar(self) -> GrammarSpec | None:
+        """The form that the completion must have; None: any."""
+        given = ((name, getattr(self, name)) for name in GRAMMARS)
+        return next((GrammarSpec(name, text) for name, text in given if text is not None), None)
 
     def validate_for(self, vocab_size: int) -> None:
         """Raises ValueError if a token id is not below `vocab_size`, the width of the logits."""
@@ -169,7 +173,7 @@ class SamplingParams:
 
     def _set_real(self, name: str, expected: str, accepts: Any) -> None:
         value = _default_of(name) if getattr(self, name) is None else getattr(self, name)
-        if not _is_finite(value) or not accepts(value):
+        if not sampling_values.is_finite(value) or not accepts(value):
             raise ValueError(f"{name}: expected a finite number {expected}, got {value!r}")
         self._set(name, float(value))
 
@@ -178,7 +182,7 @@ class SamplingParams:
         if value is None and name != "max_new_tokens":
             value = _default_of(name)
         if value is not None:
-            if not _is_integer(value) or not accepts(value):
+            if not sampling_values.is_integer(value) or not accepts(value):
                 raise ValueError(f"{name}: expected an integer {expected}, got {value!r}")
             value = value if value is _default_of(name) else int(value)
         self._set(name, value)
@@ -193,18 +197,32 @@ class SamplingParams:
 
     def _set_functions(self) -> None:
         for name in ("logits_processors", "interventions"):
-            self._set(name, _strings(name, getattr(self, name), MAX_FUNCTIONS))
+            limit = sampling_values.MAX_FUNCTIONS
+            self._set(name, sampling_values.strings(name, getattr(self, name), limit))
         params = self.custom_params
         if params is not None and not isinstance(params, Mapping):
             raise ValueError(f"custom_params: expected a dict, got {params!r}")
 
     def _set_stops(self) -> None:
-        self._set("stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
-        self._set("stop_regex", _strings("stop_regex", self.stop_regex, MAX_STOP_REGEXES))
+        for name, limit in (
+            ("stop", sampling_values.MAX_STOP_STRINGS),
+            ("stop_regex", sampling_values.MAX_STOP_REGEXES),
+        ):
+            self._set(name, sampling_values.strings(name, getattr(self, name), limit))
         for pattern in self.stop_regex or ():
-            _check_regex(pattern)
+            sampling_values.check_regex(pattern)
         if self.stop_token_ids is not None:
-            self._set("stop_token_ids", _stop_token_ids(self.stop_token_ids))
+            self._set("stop_token_ids", sampling_values.stop_token_ids(self.stop_token_ids))
+
+    def _set_grammars(self) -> None:
+        for name in GRAMMARS:
+            self._set(name, sampling_values.grammar(name, getattr(self, name)))
+        given = [name for name in GRAMMARS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{given[1]}: expected at most one of {', '.join(GRAMMARS)}, got "
+                f"{' and '.join(given)}; leave out all but one"
+            )
 
 
 def _unknown(name: Any, known: list[str]) -> str:
@@ -218,84 +236,3 @@ def _unknown(name: Any, known: list[str]) -> str:
 
 def _default_of(name: str) -> Any:
     return SamplingParams.__dataclass_fields__[name].default
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        return False
-
-
-def _strings(name: str, value: Any, limit: int) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, list | tuple):
-        raise ValueError(f"{name}: expected a string or a list of strings, got {value!r}")
-    if len(strings) > limit:
-        raise ValueError(f"{name}: expected at most {limit} strings, got {len(strings)}")
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"{name}: expected non-empty strings, got {string!r}")
-    return tuple(strings)
-
-
-def _check_regex(pattern: str) -> None:
-    size = len(pattern.encode(errors="surrogatepass"))
-    if size > MAX_STOP_REGEX_BYTES:
-        raise ValueError(
-            f"stop_regex: expected at most {MAX_STOP_REGEX_BYTES} bytes a pattern, got {size}"
-        )
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"stop_regex: expected a Python regular expression, got {pattern!r}: {error}"
-        ) from error
-
-
-def _stop_token_ids(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple | set | frozenset):
-        raise ValueError(f"stop_token_ids: expected a list of token ids, got {value!r}")
-    if len(value) > MAX_STOP_TOKEN_IDS:
-        raise ValueError(
-            f"stop_token_ids: expected at most {MAX_STOP_TOKEN_IDS} ids, got {len(value)}"
-        )
-    for token in value:
-        if not _is_integer(token) or token < 0:
-            raise ValueError(f"stop_token_ids: expected integers >= 0, got {token!r}")
-    return tuple(int(token) for token in value)
-
-
-def _biases(value: Any) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"logit_bias: expected a dict of token id to bias, got {value!r}")
-    if len(value) > MAX_LOGIT_BIAS:
-        raise ValueError(
-            f"logit_bias: expected at most {MAX_LOGIT_BIAS} entries, got {len(value)}; "
-            "bias fewer tokens"
-        )
-    biases: dict[int, float] = {}
-    for key, bias in value.items():
-        token = int(key) if _is_token_key(key) else -1
-        if token < 0:
-            raise ValueError(f"logit_bias: expected token ids >= 0 as keys, got {key!r}")
-        if token in biases:
-            raise ValueError(f"logit_bias: expected each token id once, got {key!r} again")
-        if not _is_finite(bias):
-            raise ValueError(f"logit_bias: expected finite numbers, got {bias!r} for {key!r}")
-        biases[token] = float(bias)
-    return biases
-
-
-def _is_token_key(key: Any) -> bool:
-    """JSON has string keys only, so decimal digits count as the integer they write."""
-    is_digits = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 19
-    return is_digits or _is_integer(key)

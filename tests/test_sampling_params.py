@@ -7,14 +7,14 @@ import sys
 import numpy as np
 import pytest
 
-from jaxengine.sampling_params import (
+from jaxengine.sampling_params import GRAMMARS, UNAVAILABLE, GrammarSpec, SamplingParams
+from jaxengine.sampling_values import (
+    MAX_GRAMMAR_BYTES,
     MAX_LOGIT_BIAS,
     MAX_STOP_REGEX_BYTES,
     MAX_STOP_REGEXES,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
-    UNAVAILABLE,
-    SamplingParams,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -73,7 +73,8 @@ def test_strings_become_tuples():
         ("stop", []),
         ("logit_bias", {}),
         ("custom_params", {}),
-        ("json_schema", ""),
+        ("json_schema", "{}"),
+        ("regex", "a" * MAX_GRAMMAR_BYTES["regex"]),
     ],
 )
 def test_values_at_the_limits_are_accepted(name, value):
@@ -138,6 +139,15 @@ def test_what_is_no_number_in_range_is_refused(name, value):
         ("logit_bias", {1: "a"}),
         ("logit_bias", {1: 0.0, "1": 1.0}),
         ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)),
+        ("json_schema", 3),
+        ("json_schema", ["object"]),
+        ("json_schema", {"const": NAN}),
+        ("json_schema", {"const": object()}),
+        ("regex", b"a"),
+        ("regex", {"a": 1}),
+        ("regex", "\ud800"),
+        ("ebnf", {"root": "a"}),
+        *((name, "é" * (limit // 2 + 1)) for name, limit in MAX_GRAMMAR_BYTES.items()),
     ],
 )
 def test_bad_values_are_refused_by_name(name, value):
@@ -149,6 +159,26 @@ def test_bad_values_are_refused_by_name(name, value):
 def test_fields_without_a_feature_are_refused_not_ignored(name):
     with pytest.raises(ValueError, match=f"^{name}: .* not available yet"):
         SamplingParams.from_dict({name: 4})
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_a_form_of_the_completion_is_kept_as_text_and_an_empty_one_is_none(name):
+    assert SamplingParams.from_dict({name: "text"}).grammar == GrammarSpec(name, "text")
+    assert SamplingParams.from_dict({name: ""}) == SamplingParams()
+    assert SamplingParams().grammar is None
+
+
+@pytest.mark.parametrize("name", ["json_schema", "structural_tag"])
+def test_a_dictionary_is_kept_as_json_in_its_own_order(name):
+    params = SamplingParams.from_dict({name: {"b": {"é": None}, "a": [1]}})
+    assert params.grammar == GrammarSpec(name, '{"b": {"\\u00e9": null}, "a": [1]}')
+    assert SamplingParams(json_schema={}).grammar == GrammarSpec("json_schema", "{}")
+
+
+@pytest.mark.parametrize("name", ["regex", "ebnf", "structural_tag"])
+def test_two_forms_of_one_completion_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: expected at most one .* json_schema and {name}"):
+        SamplingParams.from_dict({"json_schema": "{}", name: "x"})
 
 
 @pytest.mark.parametrize(
