@@ -105,6 +105,20 @@ class _Fields:
         False, "cut prompts that are too long instead of refusing them"
     )
 
+    # structured output
+    grammar_backend: str = argument(
+        "auto",
+        "library of structured output",
+        choices=("auto", "llguidance"),
+        otherwise="there is one; leave it out",
+    )
+    constrained_json_whitespace_pattern: str | None = argument(
+        None, "expression for the whitespace between JSON's tokens; default: any"
+    )
+    constrained_json_disable_any_whitespace: bool = argument(
+        False, "no whitespace between JSON's tokens"
+    )
+
     # compiled steps
     cuda_graph_max_bs: int | None = argument(None, "largest compiled batch of decode steps", low=1)
     cuda_graph_bs: tuple[int, ...] | None = argument(
@@ -172,6 +186,12 @@ class _Fields:
             raise ValueError(
                 f"max_total_tokens: expected at least one page of {self.page_size} tokens, "
                 f"got {self.max_total_tokens}; raise it or lower page_size"
+            )
+        pattern = self.constrained_json_whitespace_pattern
+        if pattern is not None and self.constrained_json_disable_any_whitespace:
+            raise ValueError(
+                f"constrained_json_whitespace_pattern: expected none, got {pattern!r}, as "
+                "constrained_json_disable_any_whitespace is set; leave out one of them"
             )
         json_object("json_model_override_args", self.json_model_override_args)
         json_object("preferred_sampling_params", self.preferred_sampling_params or "{}")

@@ -127,6 +127,14 @@ def test_convenient_forms_are_converted() -> None:
         ({"disable_radix_cache": "yes"}, "disable_radix_cache: expected bool, got 'yes'"),
         ({"dtype": "int8"}, "dtype: expected .*bfloat16.*, got 'int8'; quantized"),
         ({"load_format": "pt"}, "load_format: expected .*, got 'pt'; .*save_pretrained"),
+        ({"grammar_backend": "xgrammar"}, "grammar_backend: expected auto or llguidance, got 'xgr"),
+        (
+            dict(
+                constrained_json_whitespace_pattern=" ?",
+                constrained_json_disable_any_whitespace=True,
+            ),
+            "constrained_json_whitespace_pattern: expected none, got ' \\?'",
+        ),
         ({"tokenizer_mode": "slow"}, "tokenizer_mode: expected auto, got 'slow'"),
         ({"schedule_policy": "dfs-weight"}, "schedule_policy: expected fcfs .*take lpm"),
         (
