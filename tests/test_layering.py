@@ -12,13 +12,20 @@ ROOT = Path(__file__).parents[1]
 RANKS = ("jaxengine.pallas_kernels", "jaxengine.models", "jaxengine")  # from the bottom up
 HOST_ONLY = (
     "arguments",
+    "ebnf",
+    "grammar",
+    "json_schemas",
+    "lark",
+    "matcher",
     "pages",
     "prefix_tree",
     "request",
     "sampling_params",
+    "sampling_values",
     "scheduler",
     "server_args",
     "sglang_arguments",
+    "structural_tags",
 )
 
 
