@@ -53,8 +53,8 @@ def book_states(plan: StepPlan, launch: Launch) -> None:
 def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:
     """Books drawn tokens up to the one that ends the request, and says why it does; those behind it
     are dropped."""
-    plain = request.stop_text is None and request.stop_token_ids.isdisjoint(tokens)
-    if plain and NOT_FINITE not in tokens:
+    plain = request.stop_text is None and request.matcher is None
+    if plain and request.stop_token_ids.isdisjoint(tokens) and NOT_FINITE not in tokens:
         request.output_ids.extend(tokens)
         is_last = len(request.output_ids) >= request.max_new_tokens
         return outputs.length_reason(request.max_new_tokens) if is_last else None
@@ -62,31 +62,43 @@ def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:
         if token == NOT_FINITE:
             return NOT_FINITE_REASON
         request.output_ids.append(token)
-        reason = stop_reason(request, token)
+        reason = grammar_error(request, token) or stop_reason(request, token)
         if reason is not None:
             return reason
     return None
 
 
+def grammar_error(request: Request, token: int) -> dict[str, Any] | None:
+    """Takes the grammar on by a token; why it cannot go on, if it cannot."""
+    if request.matcher is None:
+        return None
+    request.matcher.accept(token)
+    error = request.matcher.error
+    return outputs.bad_request_reason(f"grammar: {error}") if error else None
+
+
 def stop_reason(request: Request, token: int) -> dict[str, Any] | None:
-    """Why a request ends with the token it just got: the token, its text, or its length, in this
-    order.
+    """Why a request ends with the token it just got: the token, its text, the end of its grammar,
+    or its length, in this order.
 
     An end-of-sequence token in the last allowed place is a stop, not a length.
     """
     is_stop_token = token in request.stop_token_ids
     is_last = len(request.output_ids) >= request.max_new_tokens
+    is_complete = request.matcher is not None and request.matcher.is_stopped
     matched = None
     if request.stop_text is not None:
         try:
             if not is_stop_token or request.sampling.no_stop_trim:
                 matched = request.stop_text.add(token)
-            if matched is None and (is_stop_token or is_last):
+            if matched is None and (is_stop_token or is_complete or is_last):
                 matched = request.stop_text.finish()
         except ValueError as error:  # a stop expression that takes too long
-            return outputs.abort_reason(str(error), status_code=400, err_type="BadRequestError")
+            return outputs.bad_request_reason(str(error))
     if is_stop_token:
         return outputs.stop_reason(token)
     if matched is not None:
         return outputs.stop_reason(matched)
+    if is_complete:
+        return outputs.stop_reason(token)
     return outputs.length_reason(request.max_new_tokens) if is_last else None

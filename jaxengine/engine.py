@@ -1,11 +1,14 @@
 """The public engine: checks a call, hands it to the loop, waits or streams. No scheduling, no
 arrays."""
 
+import asyncio
 import copy
 import random
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_scoring import ScoringMethods
 from jaxengine.engine_weights import WeightMethods
 from jaxengine.functions import registered
-from jaxengine.inputs import Entry, normalise, refuse_unavailable
+from jaxengine.inputs import Entry, Inputs, normalise, refuse_unavailable
 from jaxengine.logprob_inputs import LogprobOptions
 from jaxengine.loop import Loop
 from jaxengine.request import Request
@@ -141,21 +144,18 @@ class Engine(ScoringMethods, WeightMethods):
             ValueError, TypeError: some part of the call is wrong; then none of it was started.
             RuntimeError: the engine failed or was shut down.
         """
-        logprobs = LogprobOptions(
-            return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
+        options = dict(
+            logprobs=LogprobOptions(
+                return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
+            ),
+            processor=custom_logit_processor,
+            states=return_hidden_states,
+            rid=rid,
+            priority=priority,
         )
-        call = self._call(
-            prompt,
-            sampling_params,
-            input_ids,
-            logprobs,
-            custom_logit_processor,
-            return_hidden_states,
-            stream,
-            rid,
-            priority,
-            unavailable,
-        )
+        inputs = self._inputs(prompt, sampling_params, input_ids, options, unavailable)
+        wait_for(self._grammars(inputs))
+        call = self._call(inputs, stream)
         return Stream(call) if stream else wait(call)
 
     async def async_generate(
@@ -176,21 +176,21 @@ class Engine(ScoringMethods, WeightMethods):
         **unavailable: Any,
     ) -> Any:
         """`generate` for coroutines; with `stream`, awaiting it gives an `AsyncStream`."""
-        logprobs = LogprobOptions(
-            return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
+        options = dict(
+            logprobs=LogprobOptions(
+                return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
+            ),
+            processor=custom_logit_processor,
+            states=return_hidden_states,
+            rid=rid,
+            priority=priority,
         )
-        call = self._call(
-            prompt,
-            sampling_params,
-            input_ids,
-            logprobs,
-            custom_logit_processor,
-            return_hidden_states,
-            stream,
-            rid,
-            priority,
-            unavailable,
+        inputs = self._inputs(prompt, sampling_params, input_ids, options, unavailable)
+        await asyncio.gather(
+            *(asyncio.shield(asyncio.wrap_future(each)) for each in self._grammars(inputs)),
+            return_exceptions=True,  # they are raised below, with their prompts
         )
+        call = self._call(inputs, stream)
         return await AsyncStream(call).start() if stream else await wait_async(call)
 
     def abort(self, rid: str | Sequence[str] | None = None, *, abort_all: bool = False) -> None:
@@ -207,8 +207,9 @@ class Engine(ScoringMethods, WeightMethods):
         self._loop.abort(rids).result()
 
     def flush_cache(self) -> FlushResult:
-        """Forgets all cached prefixes; refused (`success` is False) while any request is
-        unfinished."""
+        """Forgets all cached prefixes and compiled grammars; refused (`success` is False) while any
+        request is unfinished."""
+        self._started.grammars.clear()
         return FlushResult(self._loop.call(self._loop.scheduler.flush_cache).result())
 
     def get_server_info(self) -> dict[str, Any]:
@@ -226,30 +227,25 @@ class Engine(ScoringMethods, WeightMethods):
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _call(
-        self,
-        prompt,
-        sampling_params,
-        input_ids,
-        logprobs,
-        processor,
-        states,
-        stream,
-        rid,
-        priority,
-        unavailable,
-    ) -> Call:
+    def _inputs(self, prompt, sampling_params, input_ids, options, unavailable) -> Inputs:
+        """What a call asks for, sample by sample."""
         if not self._loop.is_alive:
             raise self._loop.refusal()
         refuse_unavailable(unavailable)
         args = self.server_args
         has_priority = args.enable_priority_scheduling or args.schedule_policy == "priority"
-        if priority is not None and not has_priority:
+        if options["priority"] is not None and not has_priority:
             warnings.warn("priority: needs enable_priority_scheduling=True", stacklevel=3)
-        defaults = args.sampling_defaults
-        inputs = normalise(
-            prompt, sampling_params, input_ids, rid, priority, defaults, logprobs, processor, states
+        return normalise(
+            prompt, sampling_params, input_ids, defaults=args.sampling_defaults, **options
         )
+
+    def _grammars(self, inputs: Inputs) -> list[Future]:
+        """Of all grammars that a call needs; each is compiled once, beside the others."""
+        specs = {entry.sampling.grammar for entry in inputs.entries} - {None}
+        return [self._started.grammars.compile(spec) for spec in specs]
+
+    def _call(self, inputs: Inputs, stream: bool) -> Call:
         requests = self._requests(inputs.entries, stream)
         options = self._started.output_options(stream)
         writers = [Writer(request, self._started.tokenizer, options) for request in requests]
@@ -273,6 +269,8 @@ class Engine(ScoringMethods, WeightMethods):
         request = make_request(entry, ids, self._started.limits, self._seeds)
         if stream:
             request.stream_interval = sampling.stream_interval or self.server_args.stream_interval
+        if sampling.grammar is not None:
+            request.matcher = self._started.grammars.compile(sampling.grammar).result().clone()
         if sampling.stop or sampling.stop_regex:
             if self._started.tokenizer is None:
                 field = "stop" if sampling.stop else "stop_regex"

@@ -16,7 +16,7 @@ from jaxengine import outputs
 from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs, book_states
 from jaxengine.hidden_states import Gathered, Launch, WantedStates
 from jaxengine.logprobs import Told
-from jaxengine.pausing import finish_step
+from jaxengine.pausing import FillMasks, finish_step
 from jaxengine.request import Request, Status
 from jaxengine.scheduler import Row, Scheduler, StepPlan
 
@@ -44,6 +44,7 @@ class Loop:
         overlaps: bool = True,
         max_queued_requests: int | None = None,
         weight_version: str = "default",
+        fill_masks: FillMasks | None = None,
         on_start: Callable[[], None] | None = None,
         on_end: Callable[[], None] | None = None,
     ):
@@ -58,6 +59,7 @@ class Loop:
         self.last_step_time = time.monotonic()
         self.throughput = 0.0  # output tokens per second, over the last second of steps
         self._overlaps = overlaps
+        self._fill_masks = fill_masks
         self._max_queued_requests = max_queued_requests
         self._on_start = on_start
         self._on_end = on_end
@@ -149,7 +151,7 @@ class Loop:
         """A step that pauses for the host goes on: all tokens up to it are known now."""
         if not plan.pauses:
             return submitted
-        return finish_step(self.runner, plan, submitted, self._fail)
+        return finish_step(self.runner, plan, submitted, self._fill_masks, self._fail)
 
     def _receive(self, can_wait: bool) -> bool:
         """Answers the inbox, waiting for a first call where there is nothing else to do; False at
@@ -220,9 +222,8 @@ class Loop:
 
     def _fail(self, request: Request, message: str) -> None:
         """Ends a request, and no other, for what was wrong with it."""
-        reason = outputs.abort_reason(message, status_code=400, err_type="BadRequestError")
         if request.status is not Status.FINISHED:
-            self._finish(request, reason)
+            self._finish(request, outputs.bad_request_reason(message))
 
     def _report_end(self, request: Request) -> None:
         request.finish_time = time.time()

@@ -39,6 +39,11 @@ def abort_reason(
     return {"type": "abort", "message": message} | known
 
 
+def bad_request_reason(message: str) -> FinishReason:
+    """The request turned out to ask for something that cannot be done."""
+    return abort_reason(message, status_code=400, err_type="BadRequestError")
+
+
 def spoken_ids(
     output_ids: Sequence[int],
     finish_reason: Mapping[str, Any] | None,

@@ -14,33 +14,49 @@ from jaxengine.request import Request, Status
 from jaxengine.scheduler import Row, StepPlan
 
 Fail = Callable[[Request, str], None]  # ends a request, and says why
+FillMasks = Callable[[Sequence[Any], np.ndarray], None]  # of matchers, as `GrammarCompiler`'s
 
 
-def finish_step(runner: Any, plan: StepPlan, paused: Any, fail: Fail) -> Any:
+def finish_step(
+    runner: Any, plan: StepPlan, paused: Any, fill_masks: FillMasks | None, fail: Fail
+) -> Any:
     """Draws the tokens of a paused plan; what `collect` takes."""
     masks = runner.everything(len(plan.rows))
-    processors = {row.request.processor for row in _drawing(plan)} - {None}
+    drawing = [row.request if _draws(row) else None for row in plan.rows]
+    if fill_masks is not None:
+        _fill(masks, drawing, fill_masks, fail)
+    processors = {each.processor for each in drawing if each is not None} - {None}
     if not processors:
         return runner.draw(paused, masks)
     logits = runner.adjust(paused, masks)
     for processor in processors:
-        indices = [
-            index
-            for index, row in enumerate(plan.rows)
-            if row.num_draws and row.request.processor is processor
-        ]
-        _process(processor, [plan.rows[index].request for index in indices], indices, logits, fail)
+        rows = [i for i, each in enumerate(drawing) if each and each.processor is processor]
+        _process(processor, [drawing[i] for i in rows], rows, logits, fail)
     return runner.choose(paused, logits)
 
 
-def _drawing(plan: StepPlan) -> Sequence[Row]:
-    return [row for row in plan.rows if row.num_draws and row.request.status is not Status.FINISHED]
+def _draws(row: Row) -> bool:
+    return row.num_draws > 0 and row.request.status is not Status.FINISHED
+
+
+def _fill(
+    masks: np.ndarray, drawing: Sequence[Request | None], fill_masks: FillMasks, fail: Fail
+) -> None:
+    """Of each row with a grammar, what that allows."""
+    matchers = [None if each is None else each.matcher for each in drawing]
+    if not any(matchers):
+        return
+    fill_masks(matchers, masks)
+    for index, (request, matcher) in enumerate(zip(drawing, matchers, strict=True)):
+        if request is not None and matcher is not None and matcher.error:
+            masks[index] = -1
+            fail(request, f"grammar: {matcher.error}")
 
 
 def _process(
     processor: CustomLogitProcessor,
-    requests: Sequence[Request],
-    indices: Sequence[int],
+    requests: Sequence[Any],
+    rows: Sequence[int],
     logits: np.ndarray,
     fail: Fail,
 ) -> None:
@@ -49,7 +65,7 @@ def _process(
     ]
     params = [each.sampling.custom_params for each in requests]
     try:
-        logits[indices] = process(processor, logits[indices], params, views)
+        logits[rows] = process(processor, logits[rows], params, views)
     except Exception as error:  # code of others: whatever it is, only its own requests end
         for request in requests:
             fail(request, f"custom_logit_processor: {type(error).__name__}: {error}")

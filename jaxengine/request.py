@@ -49,6 +49,7 @@ class Request:
     priority: int = 0
     logprobs: Logprobs | None = None  # where some are asked for
     states: StateBooks | None = None  # hidden ones, where some are asked for
+    matcher: Any = None  # a `Matcher`, where a grammar says which tokens may come
     processor: Any = None  # a `CustomLogitProcessor`
     stop_text: Any = None  # `results.StopText`, where there are stop strings
     stream_interval: int | None = None  # None: report the end only
@@ -95,7 +96,7 @@ class Request:
     @property
     def pauses(self) -> bool:
         """Whether the host has its say before each token is drawn."""
-        return self.processor is not None
+        return self.matcher is not None or self.processor is not None
 
     @property
     def shares_prefix(self) -> bool:

@@ -105,9 +105,10 @@ class Writer:
             return None
         if self._detokenizer is None:
             return progress.stop_text
-        spoken = outputs.spoken_ids(
-            output_ids, progress.finish_reason, no_stop_trim=self._request.sampling.no_stop_trim
-        )
+        is_kept = self._request.sampling.no_stop_trim
+        if output_ids and output_ids[-1] not in self._request.stop_token_ids:
+            is_kept = True  # it is the last of a completion that a grammar has ended
+        spoken = outputs.spoken_ids(output_ids, progress.finish_reason, no_stop_trim=is_kept)
         self._detokenizer.add(spoken[self._num_fed :])
         self._num_fed = len(spoken)
         is_end = progress.finish_reason is not None

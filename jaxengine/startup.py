@@ -21,7 +21,8 @@ from jaxengine.compiling import CompileCounter
 from jaxengine.config import configure_jax
 from jaxengine.function_checks import validate
 from jaxengine.functions import NO_FUNCTIONS, Functions
-from jaxengine.loading import find_model
+from jaxengine.grammar import GrammarCompiler
+from jaxengine.loading import FoundModel, find_model
 from jaxengine.loop import Loop
 from jaxengine.memory import Demand, device_bytes
 from jaxengine.models.config import ModelConfig
@@ -46,6 +47,7 @@ class Started:
     loop: Loop
     tokenizer: Any
     limits: Limits
+    grammars: GrammarCompiler
     sizes: Sizes
     occupation: Occupation
     random_seed: int
@@ -128,14 +130,21 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
     counter = CompileCounter()
     scheduler = _scheduler(args, sizes, num_pages, found.config, random_seed)
+    grammars = _grammars(args, found)
+
+    def end() -> None:
+        counter.close()
+        grammars.close()
+
     loop = Loop(
         scheduler,
         runner,
         overlaps=not args.disable_overlap_schedule,
         max_queued_requests=args.max_queued_requests,
         weight_version=args.weight_version,
+        fill_masks=grammars.fill_masks,
         on_start=counter.start,
-        on_end=counter.close,
+        on_end=end,
     )
     loop.start()
     Watchdog(loop, args.watchdog_timeout).start()
@@ -145,6 +154,7 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         args=args,
         loop=loop,
         tokenizer=found.tokenizer,
+        grammars=grammars,
         limits=Limits(
             vocab_size=found.config.vocab_size,
             num_layers=found.config.num_layers,
@@ -170,6 +180,16 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         page_bytes=programs.page_bytes,
         compile_counter=counter,
         seconds=seconds,
+    )
+
+
+def _grammars(args: ServerArgs, found: FoundModel) -> GrammarCompiler:
+    return GrammarCompiler(
+        found.tokenizer,
+        found.config.vocab_size,
+        found.eos_token_ids,
+        whitespace_pattern=args.constrained_json_whitespace_pattern,
+        any_whitespace=not args.constrained_json_disable_any_whitespace,
     )
 
 

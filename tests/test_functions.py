@@ -299,7 +299,7 @@ def test_numbers_travel_by_their_bits() -> None:
     assert isinstance(choices, Choices)
     np.testing.assert_array_equal(choices.is_chosen["only"], [False, False, True, False])
     params: Any = choices.params["only"]
-    np.testing.assert_array_equal(params["scale"], np.float32([0.5, 0.5, -2.5, 0.5]))
+    np.testing.assert_array_equal(params["scale"], np.array([0.5, 0.5, -2.5, 0.5], np.float32))
     np.testing.assert_array_equal(params["on"], [True, True, False, True])
     assert params["table"][2].tolist() == given["table"]
     np.testing.assert_array_equal(params["token"], [3, 3, 3, 3])

@@ -18,7 +18,9 @@ def normalised(
     priority: Any = None,
     defaults: Any = None,
 ) -> Inputs:
-    return normalise(prompt, sampling_params, input_ids, rid, priority, defaults or {})
+    return normalise(
+        prompt, sampling_params, input_ids, rid=rid, priority=priority, defaults=defaults or {}
+    )
 
 
 def test_one_text_is_one_entry():
