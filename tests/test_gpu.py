@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda import compile_ahead
+from engines import check_books
 from flax import nnx
 from naive import naive_greedy
 from numerics import assert_near_exact
+from test_functions import REGISTERED, Force
+from test_structured_output import FORMS, fits
 from tiny import save_checkpoint, tiny_config
 
 from jaxengine import Engine
@@ -79,6 +82,54 @@ def test_log_probabilities_are_those_of_the_cpu(tmp_path: Path) -> None:
                 name = f"{side}_{kind}_logprobs"
                 expected, numbers = (_flat(info[name]) for info in (right, got))
                 np.testing.assert_allclose(numbers, expected, atol=1e-3, err_msg=name)
+
+
+def test_functions_and_hidden_states_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """A processor with a state, a steering vector, NumPy in between, and the states themselves."""
+    save_checkpoint(tmp_path, tiny_config("qwen3"), seed=1)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(3, 320) for _ in range(length)] for length in (1, 5, 40, 150)]
+    vector = np.random.default_rng(0).standard_normal(64).tolist()
+    params = [
+        greedy(20),
+        greedy(20) | {"logits_processors": "count", "custom_params": {"first": 50}},
+        greedy(20) | {"interventions": "steer_mlp", "custom_params": {"vector": vector}},
+        greedy(20) | {"custom_params": {"token": 100}},
+    ]
+    asked: dict[str, Any] = dict(
+        input_ids=prompts,
+        sampling_params=params,
+        custom_logit_processor=[None, None, None, Force()],
+    )
+    states: dict[str, Any] = dict(return_hidden_states={"layers": [0, 1, -1, "mlp_output.1"]})
+    sizes: dict[str, Any] = SMALL | dict(skip_tokenizer_init=True, show_progress=False) | REGISTERED
+    told = []
+    for device in ("cpu", "cuda"):
+        with Engine(model_path=str(tmp_path), device=device, **sizes) as engine:
+            forced = engine.generate(**asked)
+            asked_states = dict(input_ids=prompts, sampling_params=params[:3] + [greedy(20)])
+            told.append((forced, engine.generate(**asked_states, **states)))
+    for right, got in zip(*told, strict=True):
+        for one, other in zip(right, got, strict=True):
+            assert one["output_ids"] == other["output_ids"]
+    assert told[1][0][1]["output_ids"] == list(range(50, 70))
+    assert told[1][0][3]["output_ids"] == list(range(100, 120))
+    for one, other in zip(told[0][1], told[1][1], strict=True):
+        expected, got = one["meta_info"]["hidden_states"], other["meta_info"]["hidden_states"]
+        for place in expected.places:
+            np.testing.assert_allclose(got.array(place), expected.array(place), atol=2e-3)
+
+
+def test_completions_of_a_form() -> None:
+    with Engine(
+        show_progress=False, constrained_json_disable_any_whitespace=True, **SMALL
+    ) as engine:
+        check_books(engine)
+        for field, form in FORMS.items():
+            params = {"max_new_tokens": 200, "sampling_seed": 5, field: form}
+            mixed = [params, {"max_new_tokens": 20}] * 8
+            for result in engine.generate(["The import statement"] * 16, mixed)[::2]:
+                assert fits(field, result["text"]), result["text"]
 
 
 def _flat(entries: Any) -> list[Any]:
