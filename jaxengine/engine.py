@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_scoring import ScoringMethods
+from jaxengine.engine_sessions import SessionCall, SessionMethods
 from jaxengine.engine_weights import WeightMethods
 from jaxengine.functions import registered
 from jaxengine.inputs import Entry, Inputs, normalise, refuse_unavailable
@@ -27,6 +28,7 @@ from jaxengine.results import StopText, Writer
 from jaxengine.sampling.extensions import Intervention
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.server_args import ServerArgs
+from jaxengine.sessions import Origin, Sessions
 from jaxengine.startup import start
 from jaxengine.tokenizer import encode
 
@@ -37,7 +39,7 @@ class FlushResult(NamedTuple):
     success: bool
 
 
-class Engine(ScoringMethods, WeightMethods):
+class Engine(ScoringMethods, WeightMethods, SessionMethods):
     """A model on a device, and a thread that continues prompts with it.
 
     `Engine(model_path=..., ...)` with the fields of `ServerArgs`, or
@@ -76,6 +78,7 @@ class Engine(ScoringMethods, WeightMethods):
         self._started = start(self.server_args, functions)
         self._loop: Loop = self._started.loop
         self._seeds = random.Random(self._started.random_seed)
+        self._sessions = Sessions()
         # The thread must not keep a forgotten engine alive, and must end before the interpreter
         # does.
         self._finalizer = weakref.finalize(self, self._loop.stop)
@@ -103,6 +106,7 @@ class Engine(ScoringMethods, WeightMethods):
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
+        session_params: Mapping[str, Any] | None = None,
         **unavailable: Any,
     ) -> Any:
         """Continues a prompt, or each of a list, and returns `{"text", "output_ids", "meta_info"}`
@@ -135,6 +139,11 @@ class Engine(ScoringMethods, WeightMethods):
             rid: names for `abort`, by default unique ones. One name for a list is given to its
                 prompts as `name_0`, `name_1` and so on, and likewise to `n` samples.
             priority: with `enable_priority_scheduling`, higher goes first.
+            session_params: `{"id": session}` of an open session; with `"rid"` the request goes on
+                from that one of it: its prompt, its output, then this prompt. `"offset"` keeps only
+                so many of those tokens (-n: all but the last n), `"drop_previous_output"` only the
+                prompt. `"replace": True` makes this the only one that goes on from there and aborts
+                what is unfinished; without a `"rid"`, the only one of the session.
 
         Returns:
             A dictionary for a single prompt with n = 1, else a list: prompts in order, the n
@@ -155,7 +164,7 @@ class Engine(ScoringMethods, WeightMethods):
         )
         inputs = self._inputs(prompt, sampling_params, input_ids, options, unavailable)
         wait_for(self._grammars(inputs))
-        call = self._call(inputs, stream)
+        call = self._call(inputs, stream, session_params)
         return Stream(call) if stream else wait(call)
 
     async def async_generate(
@@ -173,6 +182,7 @@ class Engine(ScoringMethods, WeightMethods):
         stream: bool = False,
         rid: str | Sequence[str] | None = None,
         priority: int | Sequence[int] | None = None,
+        session_params: Mapping[str, Any] | None = None,
         **unavailable: Any,
     ) -> Any:
         """`generate` for coroutines; with `stream`, awaiting it gives an `AsyncStream`."""
@@ -190,7 +200,7 @@ class Engine(ScoringMethods, WeightMethods):
             *(asyncio.shield(asyncio.wrap_future(each)) for each in self._grammars(inputs)),
             return_exceptions=True,  # they are raised below, with their prompts
         )
-        call = self._call(inputs, stream)
+        call = self._call(inputs, stream, session_params)
         return await AsyncStream(call).start() if stream else await wait_async(call)
 
     def abort(self, rid: str | Sequence[str] | None = None, *, abort_all: bool = False) -> None:
@@ -245,19 +255,25 @@ class Engine(ScoringMethods, WeightMethods):
         specs = {entry.sampling.grammar for entry in inputs.entries} - {None}
         return [self._started.grammars.compile(spec) for spec in specs]
 
-    def _call(self, inputs: Inputs, stream: bool) -> Call:
-        requests = self._requests(inputs.entries, stream)
+    def _call(
+        self, inputs: Inputs, stream: bool, session_params: Mapping[str, Any] | None
+    ) -> Call:
+        origin = self._origin(session_params)
+        requests = self._requests(inputs.entries, stream, origin)
         options = self._started.output_options(stream)
         writers = [Writer(request, self._started.tokenizer, options) for request in requests]
-        return Call(requests, writers, self._loop, is_batch=inputs.is_batch, owner=self)
+        make_call = Call if origin is None else partial(SessionCall, self._sessions, origin)
+        return make_call(requests, writers, self._loop, is_batch=inputs.is_batch, owner=self)
 
-    def _requests(self, entries: list[Entry], stream: bool) -> list[Request]:
+    def _requests(self, entries: list[Entry], stream: bool, origin: Origin | None) -> list[Request]:
         """All requests of a call, or the error of the first that cannot be one."""
         encoded = cache(self._encode)  # samples of a prompt, and equal prompts, are encoded once
         requests = []
         for index, entry in enumerate(entries):
             try:
                 ids = encoded(entry.text) if entry.input_ids is None else entry.input_ids
+                if origin is not None:
+                    ids = origin.followed_by(ids, self._started.bos_token_id)
                 requests.append(self._request(entry, ids, stream))
             except ValueError as error:
                 where = f"prompt {index // entry.sampling.n}: " if len(entries) > 1 else ""

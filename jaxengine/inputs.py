@@ -5,6 +5,7 @@ in `admission`.
 
 import difflib
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, NamedTuple
@@ -37,12 +38,16 @@ UNAVAILABLE = {
     "data_parallel_rank": "data parallelism is",
     "routed_dp_rank": "data parallelism is",
     "external_trace_header": "tracing is",
-    "session_params": "sessions are",
-    "session_id": "sessions are",
     "cache_salt": "separation of caches is",
     "kv_hints": "advice to the cache is",
 }
 """Arguments of SGLang's `generate` whose feature does not exist yet: asking for one is an error."""
+
+WITHOUT_EFFECT = {
+    "session_id": "prefixes are shared by what they hold, so a name of their conversation changes "
+    "nothing; to go on from a turn of an open session pass session_params"
+}
+"""Arguments that only advise what is not here, and why: they are ignored with a warning."""
 
 AVAILABLE = (
     "prompt",
@@ -57,6 +62,7 @@ AVAILABLE = (
     "stream",
     "rid",
     "priority",
+    "session_params",
 )
 
 
@@ -128,6 +134,10 @@ def normalise(
 def refuse_unavailable(arguments: Mapping[str, Any]) -> None:
     """Raises for arguments that do not exist, and for those that ask for what does not yet."""
     for name, value in arguments.items():
+        if name in WITHOUT_EFFECT:
+            if value is not None:
+                warnings.warn(f"{name} is ignored: {WITHOUT_EFFECT[name]}", stacklevel=4)
+            continue
         if name not in UNAVAILABLE:
             raise TypeError(f"generate() got an unexpected argument {name!r}; {_way_out(name)}")
         if _asks_for_something(name, value):

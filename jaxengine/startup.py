@@ -59,6 +59,10 @@ class Started:
     compile_counter: CompileCounter
     seconds: dict[str, float]  # phase of the start -> duration; some run side by side
 
+    @property
+    def bos_token_id(self) -> int | None:
+        return getattr(self.tokenizer, "bos_token_id", None)
+
     def output_options(self, is_stream: bool) -> OutputOptions:
         args = self.args
         return OutputOptions(
