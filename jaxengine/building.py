@@ -49,6 +49,8 @@ class Built:
     params: Any
     num_pages: int
     demand: Demand
+    dtype: str  # of weights and activations
+    kernels: Kernels
     seconds: dict[str, float]  # of reading the weights and, at the same time, of compiling
 
 
@@ -106,6 +108,8 @@ def build(
         params=params,
         num_pages=num_pages,
         demand=demand._replace(steps=max(map(step_bytes, executables.values()))),
+        dtype=dtype,
+        kernels=kernels,
         seconds={"weights": weights_seconds, "compile": compile_seconds},
     )
 

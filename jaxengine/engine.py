@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
+from jaxengine.engine_control import ControlMethods
+from jaxengine.engine_profiling import ProfilingMethods
 from jaxengine.engine_scoring import ScoringMethods
 from jaxengine.engine_sessions import SessionCall, SessionMethods
 from jaxengine.engine_weights import WeightMethods
@@ -39,7 +41,7 @@ class FlushResult(NamedTuple):
     success: bool
 
 
-class Engine(ScoringMethods, WeightMethods, SessionMethods):
+class Engine(ScoringMethods, WeightMethods, SessionMethods, ProfilingMethods, ControlMethods):
     """A model on a device, and a thread that continues prompts with it.
 
     `Engine(model_path=..., ...)` with the fields of `ServerArgs`, or
@@ -221,10 +223,6 @@ class Engine(ScoringMethods, WeightMethods, SessionMethods):
         request is unfinished."""
         self._started.grammars.clear()
         return FlushResult(self._loop.call(self._loop.scheduler.flush_cache).result())
-
-    def get_server_info(self) -> dict[str, Any]:
-        """The resolved arguments, sizes, timings of the start and counters of the run."""
-        return self._started.info()
 
     def shutdown(self) -> None:
         """Ends the thread, aborts what is unfinished and frees the device memory. May be called

@@ -53,7 +53,7 @@ class Loop:
         self.error: BaseException | None = None
         self.weight_version = weight_version
         self.unready: str | None = None  # why no request can be computed at present
-        self.after_step: Callable[[], None] | None = None  # tests check the books here
+        self.after_step: list[Callable[[], None]] = []  # called behind each launch's delivery
         self.num_steps = 0
         self.num_output_tokens = 0
         self.last_step_time = time.monotonic()
@@ -133,14 +133,14 @@ class Loop:
             self._end()
 
     def _run_plain(self) -> None:
-        while self._receive(can_wait=self.scheduler.is_idle):
+        while self._receive(can_wait=self.scheduler.rests):
             plan = self.scheduler.schedule()
             if plan is not None:
                 self._deliver(plan, self._whole(plan, self.runner.submit(plan)))
 
     def _run_overlapped(self) -> None:
         flying: tuple[StepPlan, Any] | None = None
-        while self._receive(can_wait=flying is None and self.scheduler.is_idle):
+        while self._receive(can_wait=flying is None and self.scheduler.rests):
             plan = self.scheduler.schedule()
             submitted = self.runner.submit(plan) if plan is not None else None
             if flying is not None:
@@ -162,7 +162,7 @@ class Loop:
             except queue.Empty:
                 return True
             self._answer(function, future)
-            can_wait = can_wait and self.scheduler.is_idle
+            can_wait = can_wait and self.scheduler.rests
         return False
 
     def _answer(self, function: Callable[[], Any], future: Future) -> None:
@@ -186,8 +186,8 @@ class Loop:
             self._deliver_row(row, tokens[: row.num_draws])
             first += row.query_len
         self._count_steps(max(plan.num_steps, 1))
-        if self.after_step is not None:
-            self.after_step()
+        for look in tuple(self.after_step):
+            look()
 
     def _count_steps(self, count: int) -> None:
         self.num_steps += count

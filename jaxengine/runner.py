@@ -17,6 +17,7 @@ from jaxengine import programs
 from jaxengine.compiling import Bucket, thinned
 from jaxengine.hidden_states import Launch, WantedStates
 from jaxengine.logprobs import Told
+from jaxengine.profiling import launch_annotations
 from jaxengine.programs import Outputs, RowInputs
 from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState
@@ -57,6 +58,7 @@ class Runner:
         self._empty_install = steps.empty_install()
         self.put_buffers(self.make_buffers())
         self._num_slots = self._state.tokens.shape[0] - 1
+        self._annotation = launch_annotations()
         self._warm_up()
 
     def submit(self, plan: StepPlan) -> Outputs | Paused:
@@ -66,7 +68,8 @@ class Runner:
         variant = Variant("read" if plan.pauses else "whole", plan.wanted, plan.states)
         bucket = self._bucket(plan, variant)
         rows = self._packed_rows(plan, bucket.num_rows, variant)
-        made = self._run(bucket, rows, variant)
+        with self._annotation(plan):
+            made = self._run(bucket, rows, variant)
         if not plan.pauses:
             return _sent(made[0])
         return Paused(rows, variant, *made)

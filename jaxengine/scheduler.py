@@ -80,6 +80,7 @@ class Scheduler:
         self.tree = PrefixTree(page_size)
         self.shares_prefixes = shares_prefixes
         self.running: list[Request] = []
+        self.is_paused = False  # whether nothing is scheduled for now
         self._waiting = WaitingQueue(policy, uses_priority, low_priority_first, random_seed)
         self._retracted: list[tuple[Request, int]] = []
         self._free_slots = list(range(max_running_requests - 1, -1, -1))
@@ -101,6 +102,11 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         return not self.running and not self.num_waiting
+
+    @property
+    def rests(self) -> bool:
+        """Whether there is nothing to schedule before somebody calls."""
+        return self.is_paused or self.is_idle
 
     def add(self, request: Request) -> None:
         """Queues a new request; ValueError if the pool could not hold it even alone."""
@@ -141,6 +147,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before a result arrives."""
+        if self.is_paused:
+            return None
         runnable = [request for request in self.running if request.can_run]
         has_retracted = self._retract_for_growth(runnable)
         decoding: list[Request] = []

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,12 +27,13 @@ from jaxengine.loop import Loop
 from jaxengine.memory import Demand, device_bytes
 from jaxengine.models.config import ModelConfig
 from jaxengine.occupation import Occupation
+from jaxengine.pallas_kernels.dispatch import Kernels
+from jaxengine.profiling import Profiler
 from jaxengine.results import OutputOptions
 from jaxengine.runner import Runner
 from jaxengine.scheduler import Scheduler
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes, choose_sizes
-from jaxengine.version import __version__
 from jaxengine.watchdog import Watchdog
 from jaxengine.weight_updates import named_parts
 
@@ -54,9 +55,12 @@ class Started:
     model_config: ModelConfig
     device: Any
     demand: Demand
+    dtype: str
+    kernels: Kernels
     num_pages: int
     page_bytes: int
     compile_counter: CompileCounter
+    profiler: Profiler
     seconds: dict[str, float]  # phase of the start -> duration; some run side by side
 
     @property
@@ -69,41 +73,6 @@ class Started:
             ids_are_deltas=is_stream and (args.stream_output or args.incremental_streaming_output),
             text_is_delta=is_stream and args.incremental_streaming_output,
         )
-
-    def info(self) -> dict[str, Any]:
-        """What `Engine.get_server_info` returns."""
-        return {
-            **asdict(self.args),
-            "weight_version": self.loop.weight_version,
-            "served_model_name": self.args.served_model_name or self.args.model_path,
-            "status": "ready" if self.loop.is_alive else "stopped",
-            "version": __version__,
-            "device": str(self.device),
-            "random_seed": self.random_seed,
-            "context_length": self.sizes.context_length,
-            "max_running_requests": self.sizes.max_running_requests,
-            "chunked_prefill_size": self.sizes.chunk_size if self.sizes.can_chunk else -1,
-            "max_total_num_tokens": self.limits.pool_tokens,
-            "max_req_input_len": self.limits.max_tokens - 1,
-            "startup_time": dict(self.seconds),
-            "compiled_steps": [tuple(bucket) for bucket in self.sizes.buckets],
-            "num_compilations_since_start": self.compile_counter.count,
-            "num_steps": self.loop.num_steps,
-            "internal_states": [
-                {
-                    "last_gen_throughput": self.loop.throughput,
-                    "num_running": len(self.loop.scheduler.running),
-                    "num_waiting": self.loop.scheduler.num_waiting,
-                    "effective_max_running_requests_per_dp": self.sizes.max_running_requests,
-                    "memory_usage": {  # GiB, but for the capacity
-                        "weight": self.demand.weights / 2**30,
-                        "kvcache": self.num_pages * self.page_bytes / 2**30,
-                        "graph": self.demand.steps / 2**30,
-                        "token_capacity": self.limits.pool_tokens,
-                    },
-                }
-            ],
-        }
 
 
 def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
@@ -132,13 +101,14 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
     with _phase("warm up", seconds):
         runner = Runner(programs, built.executables, built.params, num_pages)
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
-    counter = CompileCounter()
+    counter, profiler = CompileCounter(), Profiler()
     scheduler = _scheduler(args, sizes, num_pages, found.config, random_seed)
     grammars = _grammars(args, found)
 
     def end() -> None:
         counter.close()
         grammars.close()
+        profiler.close()
 
     loop = Loop(
         scheduler,
@@ -180,9 +150,12 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         model_config=found.config,
         device=device,
         demand=built.demand,
+        dtype=built.dtype,
+        kernels=built.kernels,
         num_pages=num_pages,
         page_bytes=programs.page_bytes,
         compile_counter=counter,
+        profiler=profiler,
         seconds=seconds,
     )
 

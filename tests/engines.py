@@ -91,7 +91,7 @@ def make_engine(tiny_checkpoint: Path) -> Iterator[MakeEngine]:
 
 
 def check_books(engine: jaxengine.Engine) -> None:
-    engine._loop.after_step = engine._loop.scheduler.check_integrity
+    engine._loop.after_step.append(engine._loop.scheduler.check_integrity)
 
 
 def num_unfinished(engine: jaxengine.Engine) -> int:

@@ -138,7 +138,7 @@ def run(parts: Started, jobs: Sequence[Job], aborts: random.Random | None = None
             victims = [job.request.rid for job in jobs if job.request.finish_reason is None]
             loop.abort([aborts.choice(victims)] if victims else [])
 
-    loop.after_step = after_step
+    loop.after_step.append(after_step)
     loop.start()
     loop.add([job.request for job in jobs]).result()
     for _ in jobs:

@@ -35,6 +35,10 @@ def rid_of(result: dict[str, Any]) -> str:
     return result["meta_info"]["id"]
 
 
+def logprobs_of(result: dict[str, Any]) -> list[float]:
+    return [entry[0] for entry in result["meta_info"]["output_token_logprobs"]]
+
+
 def test_a_chain_with_logprobs_equals_plain_requests(demo_engine, session, chunks):
     """As SGLang's test of sessions does it: each turn drops the last token of the one before."""
     rid, before = None, []
@@ -45,8 +49,7 @@ def test_a_chain_with_logprobs_equals_plain_requests(demo_engine, session, chunk
         plain = demo_engine.generate(input_ids=before + ids, **asked)
         assert turn["output_ids"] == plain["output_ids"]
         assert turn["meta_info"]["prompt_tokens"] == len(before + ids)
-        told = [result["meta_info"]["output_token_logprobs"] for result in (turn, plain)]
-        np.testing.assert_allclose(*(([entry[0] for entry in part]) for part in told), atol=1e-4)
+        np.testing.assert_allclose(logprobs_of(turn), logprobs_of(plain), atol=1e-4)
         rid, before = rid_of(turn), before + ids + turn["output_ids"][:-1]
 
 
