@@ -40,8 +40,8 @@ class ProfilingMethods:
         It lands in `output_dir/plugins/profile/TIME/` when it ends: `perfetto_trace.json.gz` for
         https://ui.perfetto.dev, which shows at most about a million events, and `HOST.xplane.pb`
         for XProf, which has all. A launch is called `decode` or `extend` there, with its number,
-        rows, tokens and steps. The engine waits while the files are written: up to seconds for
-        some hundred launches, so a short trace is a good one. On a GPU a traced step is no CUDA
+        rows, tokens and steps. The engine waits while the files are written, which takes seconds
+        for a hundred launches: a short trace is a good one. On a GPU a traced step is no CUDA
         graph, so times between its kernels are longer than without the trace.
 
         Args:

@@ -16,7 +16,7 @@ from jaxengine import __version__
 
 PROMPT = "The import statement"
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
-LONG = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
+LONG = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
 
 # Pauses
 

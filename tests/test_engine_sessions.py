@@ -15,7 +15,7 @@ from jaxengine import Engine
 
 CHUNKS = ["The import statement", " A dictionary is", " In Python, a list", " The file object"]
 GREEDY = {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True}
-LONG = {"temperature": 0, "max_new_tokens": 400, "ignore_eos": True}
+LONG = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
 
 
 @pytest.fixture

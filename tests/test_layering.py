@@ -24,8 +24,10 @@ HOST_ONLY = (
     "sampling_values",
     "scheduler",
     "server_args",
+    "sessions",
     "sglang_arguments",
     "structural_tags",
+    "turns",
 )
 
 

@@ -14,7 +14,7 @@ from jaxengine.profiling import Profiler, TraceOptions
 
 PROMPT = "The import statement"
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
-LONG = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
+LONG = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
 
 
 def launches(file: str | Path, name: str | None = None) -> list[dict[str, Any]]:
