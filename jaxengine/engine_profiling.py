@@ -38,11 +38,10 @@ class ProfilingMethods:
         """Begins a trace of what host and device do, one per process at a time.
 
         It lands in `output_dir/plugins/profile/TIME/` when it ends: `perfetto_trace.json.gz` for
-        https://ui.perfetto.dev, which shows at most about a million events, and `HOST.xplane.pb`
-        for XProf, which has all. A launch is called `decode` or `extend` there, with its number,
-        rows, tokens and steps. The engine waits while the files are written, which takes seconds
-        for a hundred launches: a short trace is a good one. On a GPU a traced step is no CUDA
-        graph, so times between its kernels are longer than without the trace.
+        https://ui.perfetto.dev, and `HOST.xplane.pb` for XProf. A launch is called `decode` or
+        `extend` there, with its number, rows, tokens and steps. The engine waits while the files
+        are written, which takes seconds for a hundred launches: a short trace is a good one. On a
+        GPU a traced step is no CUDA graph, so times between its kernels are longer than without.
 
         Args:
             output_dir: by default a new temporary folder.

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_it_begins_at_the_step_that_was_asked_for(demo_engine, tmp_path):
     first = demo_engine.get_server_info()["num_steps"] + 20
     demo_engine.start_profile(str(tmp_path), start_step=first, num_steps=3)
     with pytest.raises(ValueError, match="is under way"):
-        demo_engine.start_profile()
+        demo_engine.start_profile(str(tmp_path))
     demo_engine.generate(PROMPT, GREEDY)
     assert not list(tmp_path.iterdir())
     demo_engine.generate(PROMPT, GREEDY)
@@ -82,13 +83,14 @@ def test_activities_and_python_calls(demo_engine, tmp_path):
     demo_engine.stop_profile()
 
 
-def test_the_default_folder_is_new_and_the_user_s_own(demo_engine):
-    folders = [Path(demo_engine.start_profile()), None]
-    demo_engine.stop_profile()
-    folders[1] = Path(demo_engine.start_profile())
-    demo_engine.stop_profile()
-    assert folders[0] != folders[1]
-    assert all(folder and folder.stat().st_mode & 0o077 == 0 for folder in folders)
+def test_the_default_folder_is_new_and_the_user_s_own(demo_engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = []
+    for _ in range(2):
+        folders.append(Path(demo_engine.start_profile()))
+        demo_engine.stop_profile()
+    assert {*folders} == {*tmp_path.iterdir()} and len({*folders}) == 2
+    assert all(folder.stat().st_mode & 0o077 == 0 for folder in folders)
 
 
 @pytest.mark.parametrize(
