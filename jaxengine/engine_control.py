@@ -70,7 +70,7 @@ class ControlMethods:
         self._loop.call(lambda: self._set_paused(False)).result()
 
     def _set_paused(self, is_paused: bool) -> None:
-        self._loop.scheduler.is_paused = is_paused
+        self._loop.scheduler.is_halted = is_paused
         self._loop.last_step_time = time.monotonic()  # a pause is no hang
 
     def collective_rpc(self, method: str, **kwargs: Any) -> Any:

@@ -80,7 +80,7 @@ class Scheduler:
         self.tree = PrefixTree(page_size)
         self.shares_prefixes = shares_prefixes
         self.running: list[Request] = []
-        self.is_paused = False  # whether nothing is scheduled for now
+        self.is_halted = False  # by `Engine.pause_generation`: nothing is scheduled
         self._waiting = WaitingQueue(policy, uses_priority, low_priority_first, random_seed)
         self._retracted: list[tuple[Request, int]] = []
         self._free_slots = list(range(max_running_requests - 1, -1, -1))
@@ -106,7 +106,7 @@ class Scheduler:
     @property
     def rests(self) -> bool:
         """Whether there is nothing to schedule before somebody calls."""
-        return self.is_paused or self.is_idle
+        return self.is_halted or self.is_idle
 
     def add(self, request: Request) -> None:
         """Queues a new request; ValueError if the pool could not hold it even alone."""
@@ -147,7 +147,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before a result arrives."""
-        if self.is_paused:
+        if self.is_halted:
             return None
         runnable = [request for request in self.running if request.can_run]
         has_retracted = self._retract_for_growth(runnable)

@@ -72,7 +72,7 @@ def _internal_state(started: Started) -> dict[str, Any]:
         "last_gen_throughput": started.loop.throughput,
         "num_running": len(scheduler.running),
         "num_waiting": scheduler.num_waiting,
-        "is_paused": scheduler.is_paused,
+        "is_paused": scheduler.is_halted,
         "effective_max_running_requests_per_dp": started.sizes.max_running_requests,
         "memory_usage": {  # GiB, but for the capacity
             "weight": started.demand.weights / 2**30,

@@ -27,7 +27,7 @@ class Watchdog:
         reported_at = None
         while not self._loop.wait_for_end(self._timeout_s / 4):
             last_step = self._loop.last_step_time
-            has_work = self._loop.num_live > 0 and not self._loop.scheduler.is_paused
+            has_work = self._loop.num_live > 0 and not self._loop.scheduler.is_halted
             is_hung = has_work and time.monotonic() - last_step > self._timeout_s
             if is_hung and reported_at != last_step:
                 reported_at = last_step

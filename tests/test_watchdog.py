@@ -14,10 +14,10 @@ from jaxengine.watchdog import Watchdog
 class HangingLoop:
     """Claims unfinished requests and a last step long ago, for as long as the test runs."""
 
-    def __init__(self, num_live: int, is_paused: bool):
+    def __init__(self, num_live: int, is_halted: bool):
         self.num_live = num_live
         self.last_step_time = time.monotonic() - 100
-        self.scheduler = SimpleNamespace(is_paused=is_paused)
+        self.scheduler = SimpleNamespace(is_halted=is_halted)
         self.num_looks = 0
 
     def wait_for_end(self, timeout: float) -> bool:
@@ -26,19 +26,19 @@ class HangingLoop:
 
 
 @pytest.mark.parametrize(
-    ("num_live", "is_paused", "num_reports"),
+    ("num_live", "is_halted", "num_reports"),
     [(2, False, 1), (0, False, 0), (2, True, 0)],
     ids=["hung", "idle", "paused"],
 )
 def test_a_hang_is_reported_once(
     num_live: int,
-    is_paused: bool,
+    is_halted: bool,
     num_reports: int,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: Any,
 ) -> None:
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda file: None)
     with caplog.at_level(logging.ERROR, logger="jaxengine"):
-        Watchdog(HangingLoop(num_live, is_paused), timeout_s=1)._watch()  # type: ignore[arg-type]
+        Watchdog(HangingLoop(num_live, is_halted), timeout_s=1)._watch()  # type: ignore[arg-type]
     assert len(caplog.records) == num_reports
     assert all("no step for 100 s with 2 unfinished" in r.getMessage() for r in caplog.records)
