@@ -1,6 +1,8 @@
 """The books of sessions: which turn goes on from which, and what is refused. No engine."""
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -189,6 +191,25 @@ def test_a_streaming_session_only_appends(talk, params):
     talk.turn("s", "a", [5], [6])
     with pytest.raises(ValueError, match=f"{next(iter(params))}: a streaming session only appends"):
         talk.begin("s", "b", [7], **params)
+
+
+def test_of_threads_that_append_at_once_one_does(talk):
+    open_session(talk, is_streaming=True)
+    talk.turn("s", "first", [5], [6])
+    at_once = threading.Barrier(16)
+
+    def append(index: int) -> bool:
+        origin = talk.origin("s")
+        at_once.wait(30)
+        try:
+            talk.sessions.add(origin, [make_request([7], rid=str(index))])
+        except ValueError as error:
+            assert "has an unfinished turn" in str(error)
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as threads:
+        assert sum(threads.map(append, range(16))) == 1
 
 
 @pytest.mark.parametrize("where", ["streaming", "replace"])
