@@ -261,9 +261,11 @@ def test_its_tokenizer_may_be_used_without_harm(demo_engine):
 
 
 def test_nothing_is_compiled_after_construction(demo_engine):
+    count = "num_compilations_since_start"
+    before = demo_engine.get_server_info()[count]  # by tests that ask for what is not built at once
     greedy(demo_engine, PROMPTS)
     info = demo_engine.get_server_info()
-    assert info["num_compilations_since_start"] == 0 and info["num_steps"] > 0
+    assert info[count] == before and info["num_steps"] > 0
     assert {(4, 4, 1), (64, 4, 0)} <= set(info["compiled_steps"])
 
 
