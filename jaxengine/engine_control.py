@@ -8,15 +8,16 @@ import weakref
 from functools import cached_property, partial
 from typing import Any
 
+from jaxengine.engine_weights import unavailable
 from jaxengine.loop import Loop
 from jaxengine.server_info import model_info, scheduler_info, server_info
 from jaxengine.startup import Started
 from jaxengine.tokenizer_manager import TokenizerManager
 
+PAUSES = ("abort", "in_place", "retract")
 REMOTE_METHODS = ("check_integrity", "flush_cache")  # of the scheduler, for `collective_rpc`
 
-NO_EXPERTS = "expert distribution: the models that are supported have no experts"
-ONE_SHARD = "one engine holds a whole model as its safetensors files have it: copy their folder"
+NO_EXPERTS = "the models that are supported have no experts, so there is nothing to record"
 
 
 class ControlMethods:
@@ -51,19 +52,18 @@ class ControlMethods:
 
         Args:
             mode: `abort` ends what is unfinished; `in_place` goes on with it later, with the keys
-                and values that are there.
+                and values that are there; `retract` too, with all of them computed anew.
 
         Raises:
             ValueError: another mode.
         """
-        if mode not in ("abort", "in_place"):
-            raise ValueError(
-                f"mode: expected 'abort' or 'in_place', got {mode!r}; to have keys and values "
-                "computed anew, abort and call generate again"
-            )
+        if mode not in PAUSES:
+            raise ValueError(f"mode: expected {' or '.join(PAUSES)}, got {mode!r}")
         self._loop.call(lambda: self._set_paused(True)).result()
         if mode == "abort":
             self._loop.abort(None, "generation was paused").result()
+        if mode == "retract":
+            self._loop.call(self._loop.scheduler.start_over).result()
 
     def continue_generation(self) -> None:
         """Ends a pause; without one it does nothing."""
@@ -93,33 +93,15 @@ class ControlMethods:
         gc.collect()
         gc.freeze()
 
-    # What there is no need of, each with what to do instead
+    # What there is no need of
 
-    def start_expert_distribution_record(self) -> None:
-        """Raises: ValueError, as the supported models have no experts."""
-        raise ValueError(NO_EXPERTS)
-
-    def stop_expert_distribution_record(self) -> None:
-        """Raises: ValueError, as the supported models have no experts."""
-        raise ValueError(NO_EXPERTS)
-
-    def dump_expert_distribution_record(self) -> None:
-        """Raises: ValueError, as the supported models have no experts."""
-        raise ValueError(NO_EXPERTS)
-
-    def save_sharded_model(self, **_: Any) -> None:
-        """Raises: ValueError, as there are no shards."""
-        raise ValueError(f"save_sharded_model: {ONE_SHARD}")
-
-    def save_remote_model(self, **_: Any) -> None:
-        """Raises: ValueError, as weights come from files only."""
-        raise ValueError(f"save_remote_model: {ONE_SHARD}")
-
-    def attach_tokenizer_worker(self, *_: Any, **__: Any) -> None:
-        """Raises: ValueError, as text is tokenised in the caller's thread."""
-        raise ValueError(
-            "attach_tokenizer_worker: there are none; any number of threads may call generate"
-        )
+    start_expert_distribution_record = stop_expert_distribution_record = unavailable(NO_EXPERTS)
+    dump_expert_distribution_record = unavailable(NO_EXPERTS)
+    save_sharded_model = save_remote_model = unavailable(
+        "one engine holds a whole model; copy the folder of its safetensors files, or save the "
+        "model that update_weights() was given"
+    )
+    attach_tokenizer_worker = unavailable("there are none; any number of threads may call generate")
 
     # What programs written for SGLang reach for
 

@@ -26,8 +26,8 @@ class DiskUpdateResult(NamedTuple):
     num_paused_requests: int  # which ran, and are computed anew
 
 
-def _unavailable(instead: str) -> Any:
-    """A method that SGLang has and this engine does not."""
+def unavailable(instead: str) -> Any:
+    """A method that SGLang has and this engine does not: it raises NotImplementedError."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(instead)
@@ -121,14 +121,14 @@ class WeightMethods:
         `enable_weights_cpu_backup`; else each has to be updated before the next `generate`."""
         self._started.occupation.resume(_tags(tags))
 
-    init_weights_update_group = destroy_weights_update_group = _unavailable(
+    init_weights_update_group = destroy_weights_update_group = unavailable(
         "there are no process groups; pass arrays of this process to update_weights()"
     )
-    update_weights_from_distributed = update_weights_from_ipc = _unavailable(
+    update_weights_from_distributed = update_weights_from_ipc = unavailable(
         "weights come from this process or from files; use update_weights(), or save them and use "
         "update_weights_from_disk()"
     )
-    load_lora_adapter = load_lora_adapter_from_tensors = unload_lora_adapter = _unavailable(
+    load_lora_adapter = load_lora_adapter_from_tensors = unload_lora_adapter = unavailable(
         "LoRA is not available yet; merge the adapter into the weights and use update_weights()"
     )
 

@@ -21,11 +21,12 @@ LONG = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
 # Pauses
 
 
-def test_a_pause_in_place_changes_no_token(demo_engine):
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_a_pause_changes_no_token(demo_engine, mode):
     expected = demo_engine.generate(PROMPT, LONG)["output_ids"]
     stream = demo_engine.generate(PROMPT, LONG, stream=True)
     next(stream)
-    demo_engine.pause_generation("in_place")
+    demo_engine.pause_generation(mode)
     loop = demo_engine._loop
     time.sleep(0.05)  # for what was under way
     before = loop.call(lambda: loop.num_steps).result()
@@ -34,8 +35,11 @@ def test_a_pause_in_place_changes_no_token(demo_engine):
     state = demo_engine.get_server_info()["internal_states"][0]
     assert loop.num_steps == before and state["is_paused"] and num_unfinished(demo_engine) == 2
     assert not demo_engine.flush_cache().success
+    assert loop.scheduler.num_waiting == (1 if mode == "in_place" else 2)
     demo_engine.continue_generation()
-    assert list(stream)[-1]["output_ids"] == expected
+    last = list(stream)[-1]
+    assert last["output_ids"] == expected
+    assert last["meta_info"]["total_retractions"] == (mode == "retract")
     assert call.join().result["output_ids"] == expected[:12]
 
 
@@ -88,8 +92,8 @@ def test_the_watchdog_takes_no_pause_for_a_hang(make_engine, caplog):
 
 
 def test_other_modes_of_a_pause_are_refused(demo_engine):
-    with pytest.raises(ValueError, match="mode: expected 'abort' or 'in_place', got 'retract'"):
-        demo_engine.pause_generation("retract")
+    with pytest.raises(ValueError, match="mode: expected abort or in_place or retract, got 'now'"):
+        demo_engine.pause_generation("now")
     assert demo_engine.generate(PROMPT, GREEDY)["text"]
 
 
@@ -134,13 +138,13 @@ def test_frozen_objects_are_out_of_garbage_collection(demo_engine):
         ("start_expert_distribution_record", {}, "no experts"),
         ("stop_expert_distribution_record", {}, "no experts"),
         ("dump_expert_distribution_record", {}, "no experts"),
-        ("save_sharded_model", {"path": "x", "pattern": None, "max_size": 1}, "copy their folder"),
-        ("save_remote_model", {"url": "x"}, "copy their folder"),
+        ("save_sharded_model", {"path": "x", "pattern": None, "max_size": 1}, "copy the folder"),
+        ("save_remote_model", {"url": "x"}, "copy the folder"),
         ("attach_tokenizer_worker", {}, "any number of threads"),
     ],
 )
 def test_what_there_is_no_need_of_says_what_to_do(demo_engine, method, arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NotImplementedError, match=message):
         getattr(demo_engine, method)(**arguments)
 
 
