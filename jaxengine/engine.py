@@ -253,9 +253,7 @@ class Engine(ScoringMethods, WeightMethods, SessionMethods, ProfilingMethods, Co
         specs = {entry.sampling.grammar for entry in inputs.entries} - {None}
         return [self._started.grammars.compile(spec) for spec in specs]
 
-    def _call(
-        self, inputs: Inputs, stream: bool, session_params: Mapping[str, Any] | None
-    ) -> Call:
+    def _call(self, inputs: Inputs, stream: bool, session_params: Mapping[str, Any] | None) -> Call:
         origin = self._origin(session_params)
         requests = self._requests(inputs.entries, stream, origin)
         options = self._started.output_options(stream)
