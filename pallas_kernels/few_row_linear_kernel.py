@@ -1,6 +1,7 @@
 """The kernel behind `few_row_linear.py`, which says what it computes: one program for each tile of
 outputs, over the whole input axis."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float
 
+from jaxengine.pallas_kernels.lowered_once import lowered_once
 from jaxengine.pallas_kernels.pdl import launch_dependents
 
 
@@ -44,6 +46,24 @@ def fused_product(
 ) -> Float[Array, "B F"]:
     """The product of `x` and `weight` [M F D], with whichever of `scale`, `bias` [M F] and
     `residual` are not None."""
+    arrays = {name: array for name, array in operands.items() if array is not None}
+    static = tuple(arrays), shape, eps, config, launches_early
+    results = (jax.ShapeDtypeStruct((shape.B, shape.F), operands["x"].dtype),)
+    kernel = lowered_once(_call, *static, results=results, interpret=interpret)
+    (out,) = kernel(*arrays.values())
+    return out
+
+
+def _call(
+    names: tuple[str, ...],
+    shape: Shape,
+    eps: float,
+    config: Config,
+    launches_early: bool,
+    results: tuple[jax.ShapeDtypeStruct],
+    interpret: bool,
+) -> Callable[..., tuple[jax.Array]]:
+    """The call (operands of these names) -> out [B F]."""
     tile, width = config.tile_F, pl.cdiv(shape.D, config.tile_D) * config.tile_D
     rows = pl.BlockSpec((shape.B, tile), lambda i: (0, i))
     specs = dict(  # blocks may reach beyond the arrays: every access is masked
@@ -53,25 +73,24 @@ def fused_product(
         bias=pl.BlockSpec((shape.M, tile), lambda i: (0, i)),
         residual=rows,
     )
-    arrays = {name: array for name, array in operands.items() if array is not None}
     return pl.pallas_call(
         partial(
             _kernel,
-            names=(*arrays, "out"),
+            names=(*names, "out"),
             shape=shape,
             config=config,
             eps=eps,
             launches_early=launches_early,
             interpret=interpret,
         ),
-        out_shape=jax.ShapeDtypeStruct((shape.B, shape.F), operands["x"].dtype),
+        out_shape=results,
         grid=(pl.cdiv(shape.F, tile),),
-        in_specs=[specs[name] for name in arrays],
-        out_specs=rows,
+        in_specs=[specs[name] for name in names],
+        out_specs=(rows,),
         compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="few_row_linear" if shape.M == 1 else "few_row_gated",
         interpret=interpret,
-    )(*arrays.values())
+    )
 
 
 class Program(NamedTuple):

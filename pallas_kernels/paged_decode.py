@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from jaxengine.pallas_kernels.lowered_once import LONGEST, lowered_once
 from jaxengine.pallas_kernels.paged_decode_consumer import Consumer
 from jaxengine.pallas_kernels.paged_decode_plan import Plan, make_plan
 from jaxengine.pallas_kernels.paged_decode_producer import copy_all
@@ -101,7 +102,6 @@ def paged_decode(
             kv_lens, num_heads=N, num_kv_heads=K, head_size=H, window=window, config=config
         )
     problem = Problem(
-        B=B,
         N=N,
         K=K,
         H=H,
@@ -112,9 +112,13 @@ def paged_decode(
         scale=float(scale),
         window=window,
         soft_cap=soft_cap,
-        interpret=interpret,
     )
-    call = _kernel(problem, q.dtype)
+    results = (
+        jax.ShapeDtypeStruct((B, N * H), q.dtype),
+        jax.ShapeDtypeStruct((problem.blocks, H, problem.C), jnp.float32),  # means of V
+        jax.ShapeDtypeStruct((problem.blocks, problem.C), jnp.float32),  # logs of their weights
+    )
+    call = lowered_once(_kernel, problem, results=results, length=LONGEST, interpret=interpret)
     # Flat, since the copy engine knows 5 dimensions at most, those of tiles included.
     out, *_ = call(*plan, kv_lens, page_table, q.reshape(B * N, H), cache.reshape(-1, H))
     if not problem.writes_zeros:
@@ -145,9 +149,10 @@ def plan_for(
     )
 
 
-def _kernel(problem: Problem, dtype: Any) -> Callable[..., Any]:
+def _kernel(problem: Problem, results: tuple[Any, ...], interpret: bool) -> Callable[..., Any]:
     """The call (runs, next_rows, kv_lens, page_table, q, cache) -> out and what blocks exchange."""
     H, C, tile, stages = problem.H, problem.C, problem.tile, problem.stages
+    dtype = results[0].dtype
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     barriers = partial(plgpu.Barrier, num_barriers=stages)
     scratch = dict(
@@ -163,14 +168,10 @@ def _kernel(problem: Problem, dtype: Any) -> Callable[..., Any]:
         v_full=barriers(num_arrivals=problem.boxes),
         kv_free=barriers(),
     )
-    options = dict(interpret=_interpreter()) if problem.interpret else {}
+    options = dict(interpret=_interpreter()) if interpret else {}
     return plgpu.kernel(
-        partial(_run_block, problem),
-        out_type=[
-            jax.ShapeDtypeStruct((problem.B, problem.N * H), dtype),
-            jax.ShapeDtypeStruct((problem.blocks, H, C), jnp.float32),  # means of V
-            jax.ShapeDtypeStruct((problem.blocks, C), jnp.float32),  # logarithms of their weights
-        ],
+        partial(_run_block, problem, interpret),
+        out_type=results,
         scratch_types=scratch,
         grid=(problem.blocks,),
         grid_names=("block",),
@@ -183,9 +184,9 @@ def _kernel(problem: Problem, dtype: Any) -> Callable[..., Any]:
     )
 
 
-def _run_block(problem: Problem, *arrays: Any, **scratch: Any) -> None:
+def _run_block(problem: Problem, interpret: bool, *arrays: Any, **scratch: Any) -> None:
     memory, warpgroup = Memory(*arrays, **scratch), lax.axis_index("warpgroup")
-    consumer = Consumer(problem, memory, INTERPRETED if problem.interpret else ON_GPU)
+    consumer = Consumer(problem, memory, INTERPRETED if interpret else ON_GPU)
     pl.when(warpgroup == 0)(consumer.attend_all)
     pl.when(warpgroup == 1)(lambda: copy_all(problem, memory))
 

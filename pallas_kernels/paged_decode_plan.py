@@ -25,10 +25,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-FIELDS = ("row", "offset", "count", "kv_len", "size", "arrived")
-"""Columns of `Plan.runs`, two more being padding: where a run begins, by row and unit of that row;
-how many units it has; the length of its row; the size of all runs but the last of a stretch. The
-last is zero: room for blocks to count those that they wait for, back at zero when all is done."""
+FIELDS = ("row", "offset", "count", "kv_len", "size", "num_rows", "arrived")
+"""Columns of `Plan.runs`, one more being padding: where a run begins, by row and unit of that row;
+how many units it has; the length of its row; the size of all runs but the last of a stretch; and
+the rows of the batch. The last is zero: room for blocks to count those that they wait for, back at
+zero when all is done."""
 READ = 4  # parts of a pair that are read in the time of one tile
 STEPS = 48  # sizes of aligned runs that are tried, each a quarter of an octave above the last
 
@@ -71,8 +72,8 @@ def make_plan(
     rest = jnp.where(is_aligned, n[row] - piece * size, ends[-1] - number)
     count = jnp.where(run >= 0, jnp.minimum(size, rest), 0)
     zero = jnp.zeros_like(run)
-    size = jnp.broadcast_to(size, run.shape)
-    runs = jnp.stack([row, offset, count, kv_lens[row], size, zero, zero, zero], axis=1)
+    size, num_rows = jnp.broadcast_to(size, run.shape), zero + len(kv_lens)
+    runs = jnp.stack([row, offset, count, kv_lens[row], size, num_rows, zero, zero], axis=1)
     return Plan(runs, next_rows(kv_lens))
 
 

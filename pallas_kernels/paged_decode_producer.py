@@ -10,12 +10,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxengine.pallas_kernels.paged_decode_plan import FIELDS
 from jaxengine.pallas_kernels.paged_decode_segments import (
     Memory,
     Problem,
     Segment,
     for_each_segment,
 )
+
+NUM_ROWS = FIELDS.index("num_rows")
 
 
 def copy_all(problem: Problem, memory: Memory) -> None:
@@ -66,12 +69,14 @@ def _write_zeros(problem: Problem, memory: Memory) -> None:
     width = problem.N * problem.H
     size = math.gcd(width, 1024)  # 8 elements of each thread, where that divides
 
-    @pl.loop(0, pl.cdiv(problem.B, problem.blocks))
-    def _(i: jax.Array) -> None:
-        row = i * problem.blocks + lax.axis_index("block")
+    block = lax.axis_index("block")
+    num_rows = memory.runs[block, NUM_ROWS]
 
-        def write() -> None:
+    @pl.loop(0, lax.div(num_rows - block + (problem.blocks - 1), problem.blocks))
+    def _(i: jax.Array) -> None:
+        row = i * problem.blocks + block
+
+        @pl.when(memory.kv_lens[row] == 0)
+        def _() -> None:
             for at in range(0, width, size):
                 memory.out[row, pl.ds(at, size)] = jnp.zeros((size,), memory.out.dtype)
-
-        pl.when(row < problem.B)(lambda: pl.when(memory.kv_lens[row] == 0)(write))

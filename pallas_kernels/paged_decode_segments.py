@@ -14,7 +14,6 @@ from jax import lax
 class Problem:
     """What the kernel is compiled for."""
 
-    B: int
     N: int
     K: int
     H: int
@@ -25,7 +24,6 @@ class Problem:
     scale: float
     window: int | None
     soft_cap: float | None
-    interpret: bool
 
     @property
     def G(self) -> int:

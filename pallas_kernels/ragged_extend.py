@@ -28,6 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from jaxengine.pallas_kernels.lowered_once import LONGEST, lowered_once
 from jaxengine.pallas_kernels.ragged_extend_consumer import Consumer
 from jaxengine.pallas_kernels.ragged_extend_producer import (
     CONSUMERS,
@@ -113,7 +114,6 @@ def ragged_extend(
         section=max(config.section_bytes // (2 * K * H * q.dtype.itemsize), 1),
     )
     shape = Shape(
-        T=T,
         N=N,
         K=K,
         H=H,
@@ -129,11 +129,17 @@ def ragged_extend(
         soft_cap=soft_cap,
     )
     # Flat, since TMA knows 5 dimensions at most, those of its tiles included.
-    return _kernel(shape, interpret)(tiles, num_tiles, page_table, q, cache.reshape(-1, H))
+    results = (jax.ShapeDtypeStruct(q.shape, q.dtype),)
+    kernel = lowered_once(_kernel, shape, results=results, length=LONGEST, interpret=interpret)
+    num_tokens = jnp.full(1, T, jnp.int32)
+    (out,) = kernel(tiles, num_tiles, num_tokens, page_table, q, cache.reshape(-1, H))
+    return out
 
 
-def _kernel(shape: Shape, interpret: bool) -> Callable[..., jax.Array]:
-    """The call (tiles, num_tiles, page_table, q, cache) -> out."""
+def _kernel(
+    shape: Shape, results: tuple[jax.ShapeDtypeStruct], interpret: bool
+) -> Callable[..., tuple[jax.Array]]:
+    """The call (tiles, num_tiles, num_tokens, page_table, q, cache) -> out."""
     swizzle = plgpu.SwizzleTransform(128)
     by_8, by_1 = ((plgpu.TilingTransform((rows, 64)), swizzle) for rows in (8, 1))
     queries = plgpu.SMEM((CONSUMERS, M, shape.H), shape.dtype, transforms=by_8)
@@ -147,14 +153,14 @@ def _kernel(shape: Shape, interpret: bool) -> Callable[..., jax.Array]:
     both = [queries, outputs] if shape.own_output else [plgpu.RefUnion(queries, outputs)]
 
     def body(*refs: Any) -> None:
-        given, own = refs[:6], list(refs[6:])
+        given, own = refs[:7], list(refs[7:])
         if not shape.own_output:
             own[:1] = own[0]
         _run_warpgroup(shape, Refs(*given, *own), interpret)
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((shape.T, shape.N, shape.H), shape.dtype),
+        out_type=results,
         scratch_types=[*both, ring, ring, each, each, full, free, full, free, each],
         grid=(shape.blocks,),
         grid_names=("block",),

@@ -87,7 +87,7 @@ class Consumer(NamedTuple):
             self.refs.tiles[tile, column] for column in Column
         )
         own = base + (self.warpgroup * M if shape.heads == 1 else 0)
-        actual = first_token(shape, base, self.warpgroup)
+        actual = first_token(shape, self.refs, base, self.warpgroup)
         start, stop = jnp.maximum(start, own) - actual, jnp.minimum(stop, own + M) - actual
         position += actual - base
         low, high = position + start, position + stop - 1

@@ -24,7 +24,6 @@ CONSUMERS = 2
 class Shape(NamedTuple):
     """All that is known when the kernel is built."""
 
-    T: int
     N: int
     K: int
     H: int
@@ -55,6 +54,7 @@ class Refs(NamedTuple):
 
     tiles: Any  # [tiles, columns]
     num_tiles: Any  # [1]
+    num_tokens: Any  # [1]: T
     page_table: Any  # [B P]
     q: Any  # [T N H]
     cache: Any  # [pages * 2 * K * page_size, H]
@@ -124,7 +124,7 @@ def produce(
     last_page = lax.div(jnp.maximum(kv_len - 1, 0), shape.page_size)
     kv_head = lax.div(head, shape.N // shape.K)
     for consumer in range(CONSUMERS):
-        base = first_token(shape, refs.tiles[tile, Column.BASE], consumer)
+        base = first_token(shape, refs, refs.tiles[tile, Column.BASE], consumer)
         own_head = head + consumer if shape.heads == 2 else head
         pl.when(~is_first)(lambda c=consumer: plgpu.barrier_wait(refs.q_free.at[c]))
         source = refs.q.at[pl.ds(base, M), own_head]
@@ -151,7 +151,7 @@ def produce(
     return lax.fori_loop(first, end, copy_step, steps) - steps
 
 
-def first_token(shape: Shape, base: jax.Array, consumer: Any) -> jax.Array:
+def first_token(shape: Shape, refs: Refs, base: jax.Array, consumer: Any) -> jax.Array:
     """Of a consumer's M tokens, which all exist."""
     base = base + consumer * (M if shape.heads == 1 else 0)
-    return pl.multiple_of(jnp.minimum(base, shape.T - M), ALIGNMENT)
+    return pl.multiple_of(jnp.minimum(base, refs.num_tokens[0] - M), ALIGNMENT)

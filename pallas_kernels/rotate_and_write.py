@@ -17,6 +17,7 @@ Source: rotary embedding, Su et al. 2021, arXiv:2104.09864; RMSNorm, Zhang and S
 arXiv:1910.07467; paged cache, Kwon et al. 2023, arXiv:2309.06180.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,10 +29,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from jaxengine.pallas_kernels.lowered_once import lowered_once
 from jaxengine.pallas_kernels.paged_attention import write_kv
 from jaxengine.pallas_kernels.pdl import launch_dependents
 
 FEW_TOKENS = 64  # up to so many, a program takes one kv head: more programs, each done sooner
+MANY_TOKENS = 8192  # up to so many, the kernel is the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,23 +111,49 @@ def rotate_and_write(
     arrays = dict(qkv=qkv, cos=cos, sin=sin, page_ids=page_ids, offsets=offsets)
     norms = dict(q_norm=q_norm, k_norm=k_norm)
     arrays |= {name: scale for name, scale in norms.items() if scale is not None}
-    names = (*arrays, "old_cache", "q", "cache")
-    specs = _block_specs(shape, cache.shape, config.tile_K)
-    q, cache = pl.pallas_call(
-        partial(_kernel, names=names, shape=shape, eps=eps, early=launches_early),
-        out_shape=(
-            jax.ShapeDtypeStruct((T, K, shape.G, H), qkv.dtype),
-            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
-        ),
-        grid=(T, pl.cdiv(K, config.tile_K)),
-        in_specs=[specs[name] for name in (*arrays, "cache")],
+    results = (
+        jax.ShapeDtypeStruct((T, K, shape.G, H), qkv.dtype),
+        jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+    )
+    static = tuple(arrays), shape[1:], len(cache), config, eps, launches_early
+    how: Any = dict(length=MANY_TOKENS, interpret=interpret)
+    kernel = lowered_once(_call, *static, results=results, **how)
+    q, cache = kernel(*arrays.values(), cache)
+    return q.reshape(T, -1, H), cache
+
+
+def _call(
+    names: tuple[str, ...],
+    heads: tuple[int, int, int],
+    num_pages: int,
+    config: Config,
+    eps: float,
+    launches_early: bool,
+    results: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct],
+    interpret: bool,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The call (arrays of these names, cache) -> q [T K G H] and the cache."""
+    shape = Shape(results[0].shape[0], *heads)
+    specs = _block_specs(shape, results[1].shape, config.tile_K)
+    kernel = partial(
+        _kernel,
+        names=(*names, "old_cache", "q", "cache"),
+        shape=shape,
+        num_pages=num_pages,
+        eps=eps,
+        early=launches_early,
+    )
+    return pl.pallas_call(
+        kernel,
+        out_shape=results,
+        grid=(shape.T, pl.cdiv(shape.K, config.tile_K)),
+        in_specs=[specs[name] for name in (*names, "cache")],
         out_specs=(specs["q"], specs["cache"]),
-        input_output_aliases={len(arrays): 1},
+        input_output_aliases={len(names): 1},
         compiler_params=pltriton.CompilerParams(num_warps=config.num_warps, num_stages=1),
         name="rotate_and_write",
         interpret=interpret,
-    )(*arrays.values(), cache)
-    return q.reshape(T, -1, H), cache
+    )
 
 
 def _block_specs(shape: Shape, cache: tuple[int, ...], tile_K: int) -> dict[str, pl.BlockSpec]:
@@ -157,7 +186,9 @@ class Halves(NamedTuple):
     second: Array
 
 
-def _kernel(*refs: Any, names: tuple[str, ...], shape: Shape, eps: float, early: bool) -> None:
+def _kernel(
+    *refs: Any, names: tuple[str, ...], shape: Shape, num_pages: int, eps: float, early: bool
+) -> None:
     ref = dict(zip(names, refs, strict=True))
     (_, K, G, H), t = shape, pl.program_id(0)
     tile_K, tile_G, half = ref["qkv"].shape[0], pl.next_power_of_2(G), pl.next_power_of_2(H // 2)
@@ -175,7 +206,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], shape: Shape, eps: float, early:
     k = _turned(ref, pl.Slice(G, 1), is_kv, "k_norm", angles, H, eps)
     v = _halves(ref["qkv"], pl.Slice(G + 1, 1), is_kv, H)
     page, offset = ref["page_ids"][t], ref["offsets"][t]
-    is_kept = page < ref["cache"].shape[0]
+    is_kept = page < num_pages
     page = jnp.where(is_kept, page, 0)
     is_kv = is_kv.reshape(1, tile_K, half) & is_kept
     for which, kv in enumerate((k, v)):

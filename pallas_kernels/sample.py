@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float32, Int, Int32, UInt32
 
+from jaxengine.pallas_kernels.lowered_once import lowered_once
 from jaxengine.pallas_kernels.noise import (
     GROUP_SIZE,
     OF_GROUPS,
@@ -49,6 +50,7 @@ UNUSABLE = -1
 LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: its difference to itself is not NaN
 SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 NOWHERE = jnp.iinfo(jnp.int32).max
+MANY_ROWS = 1024  # up to so many, kernels of as many parts are the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,25 +99,46 @@ def sample_rows(
     """
     config = Config() if config is None else config
     B, V = logits.shape
-    Q = pl.cdiv(V, GROUP_SIZE)
-    S = config.parts(B, Q)
+    S = config.parts(B, pl.cdiv(V, GROUP_SIZE))
     of_parts = jax.ShapeDtypeStruct((B, S), jnp.float32)
-    parts = pl.pallas_call(
+    sums = (of_parts, of_parts, of_parts, jax.ShapeDtypeStruct((B, S), jnp.int32))
+    tokens = (jax.ShapeDtypeStruct((B,), jnp.int32),)
+    how: Any = dict(length=MANY_ROWS, interpret=interpret)
+    parts = lowered_once(_parts_kernel, config, results=sums, **how)(
+        temperature, seed, positions, logits
+    )
+    (drawn,) = lowered_once(_rows_kernel, config, results=tokens, **how)(
+        temperature, top_k, top_p, min_p, seed, positions, *parts, logits
+    )
+    return drawn
+
+
+def _parts_kernel(
+    config: Config, sums: tuple[jax.ShapeDtypeStruct, ...], interpret: bool
+) -> Callable[..., tuple[jax.Array, ...]]:
+    """The call (temperature, seed, positions, logits) -> `Sums` of the parts, [B S] each."""
+    return pl.pallas_call(
         partial(_first_attempt, J=config.part_groups),
-        grid=(B, S),
-        out_shape=[*[of_parts] * 3, jax.ShapeDtypeStruct((B, S), jnp.int32)],
+        grid=sums[0].shape,
+        out_shape=sums,
         compiler_params=pltriton.CompilerParams(num_warps=config.part_warps, num_stages=1),
         interpret=interpret,
         name="sample_parts",
-    )(temperature, seed, positions, logits)
+    )
+
+
+def _rows_kernel(
+    config: Config, tokens: tuple[jax.ShapeDtypeStruct], interpret: bool
+) -> Callable[..., tuple[jax.Array]]:
+    """The call (temperature, top_k, top_p, min_p, seed, positions, *parts, logits) -> tokens."""
     return pl.pallas_call(
         partial(_finish, J=config.row_groups),
-        grid=(B,),
-        out_shape=jax.ShapeDtypeStruct((B,), jnp.int32),
+        grid=tokens[0].shape,
+        out_shape=tokens,
         compiler_params=pltriton.CompilerParams(num_warps=config.row_warps, num_stages=1),
         interpret=interpret,
         name="sample_rows",
-    )(temperature, top_k, top_p, min_p, seed, positions, *parts, logits)
+    )
 
 
 def _first_attempt(

@@ -46,7 +46,7 @@ def check(call: Callable[..., Any], case: Case, **masks: Any) -> None:
 SMALL = dict(stages=2, min_run=1, merge_cost=1)
 CASES = {
     "even runs, rows without tokens, an odd group": (
-        [130, 0, 1, 64, 65],
+        [130, 0, 1, 64, 65, 0],
         Program(Heads(14, 2, 64)),
         Config(blocks=4, **SMALL),
     ),
