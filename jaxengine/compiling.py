@@ -2,11 +2,13 @@
 that proves that nothing is compiled afterwards. It does not know what a step computes.
 """
 
+import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -79,10 +81,11 @@ def compile_all(
     with bar, ThreadPoolExecutor(num_threads, thread_name_prefix="jaxengine-compile") as threads:
         futures: dict[Key, Future] = {}
         try:
-            for key, trace in tasks.items():
-                _raise_failure([*others, *futures.values()])
-                futures[key] = threads.submit(trace())
-                futures[key].add_done_callback(lambda _: bar.update())
+            with _no_garbage_collection():
+                for key, trace in tasks.items():
+                    _raise_failure([*others, *futures.values()])
+                    futures[key] = threads.submit(trace())
+                    futures[key].add_done_callback(lambda _: bar.update())
             logger.info("traced %d programs: %.1f s", len(tasks), time.perf_counter() - started)
             for future in as_completed([*others, *futures.values()]):
                 future.result()
@@ -90,6 +93,19 @@ def compile_all(
             threads.shutdown(wait=False, cancel_futures=True)
             raise
     return {key: future.result() for key, future in futures.items()}
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Tracing makes millions of objects, and hardly any garbage that only a search would find: ten
+    megabytes, for a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _raise_failure(futures: Iterable[Future]) -> None:

@@ -1,6 +1,8 @@
 """Building executables side by side, and counting what is built later."""
 
+import gc
 import threading
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,22 @@ def test_a_failure_is_raised() -> None:
 
     with pytest.raises(ValueError, match="cannot be lowered"):
         compile_all({1: lambda: lowering(1).compile, 2: fail}, num_threads=2, shows_progress=False)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_not_looked_for_while_tracing_and_is_again_afterwards(fails: bool) -> None:
+    seen = []
+
+    def trace():
+        seen.append(gc.isenabled())
+        if fails:
+            raise ValueError("cannot be lowered")
+        return lambda: None
+
+    with pytest.raises(ValueError) if fails else nullcontext():
+        compile_all({1: trace}, num_threads=1, shows_progress=False)
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 def test_few_sizes_are_left_for_what_is_rarely_asked():
