@@ -142,13 +142,15 @@ class Loop:
         flying: tuple[StepPlan, Any] | None = None
         while self._receive(can_wait=flying is None and self.scheduler.rests):
             plan = self.scheduler.schedule()
-            submitted = self.runner.submit(plan) if plan is not None else None
+            if flying is not None:  # what pauses goes on now, so that the next is right behind it
+                flying = flying[0], self._whole(*flying)
+            submitted = (plan, self.runner.submit(plan)) if plan is not None else None
             if flying is not None:
                 self._deliver(*flying)
-            flying = (plan, self._whole(plan, submitted)) if plan is not None else None
+            flying = submitted
 
     def _whole(self, plan: StepPlan, submitted: Any) -> Any:
-        """A step that pauses for the host goes on: all tokens up to it are known now."""
+        """A step that pauses for the host goes on: all tokens before it are known now."""
         if not plan.pauses:
             return submitted
         return finish_step(self.runner, plan, submitted, self._fill_masks, self._fail)
