@@ -62,6 +62,7 @@ def load_parameters(args: ServerArgs, found: FoundModel, abstract: nnx.Module, d
             found.folder,
             abstract,
             models.checkpoint_pieces(config),
+            base_prefix=models.base_prefix(config),
             is_ignorable=lambda name: models.is_ignorable(name, config),
             progress=args.show_progress,
         )

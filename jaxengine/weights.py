@@ -30,14 +30,16 @@ def load_parameters(
     model: nnx.Module,
     pieces: Mapping[str, Sequence[Piece]],
     *,
+    base_prefix: str = "",
     is_ignorable: Callable[[str], bool] = lambda name: False,
     progress: bool = True,
 ) -> nnx.State[Any, Any]:
     """The parameters of an abstract `model`, read from `folder` and cast to the model's dtypes.
 
     The host holds the parameter being read and the one being sent, never more. `progress` shows a
-    bar on stderr. Raises ValueError naming the tensors that are missing, misshapen or unexpected,
-    except those that `is_ignorable`.
+    bar on stderr. Where no tensor's name begins with `base_prefix`, the pieces' do not either.
+    Raises ValueError naming the tensors that are missing, misshapen or unexpected, except those
+    that `is_ignorable`.
     """
     leaves = nnx.to_flat_state(nnx.state(model))
     wanted = {dotted(path): param for path, param in leaves}
@@ -45,6 +47,8 @@ def load_parameters(
         raise RuntimeError(f"parameters and pieces differ: {sorted(wanted.keys() ^ pieces.keys())}")
     with ExitStack() as files:
         tensors = open_checkpoint(folder, files)
+        if not any(name.startswith(base_prefix) for name in tensors):
+            pieces = _without_prefix(pieces, base_prefix)
         _check(folder, tensors, wanted, pieces, is_ignorable)
         total = sum(param.size * param.dtype.itemsize for param in wanted.values())
         bar = files.enter_context(_progress_bar(total, progress))
@@ -71,6 +75,15 @@ def dummy_parameters(model: nnx.Module, seed: int = 0) -> nnx.State[Any, Any]:
 @partial(jax.jit, static_argnums=(1, 2))
 def _noise(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
     return jax.random.normal(key, shape, dtype) * jnp.asarray(DUMMY_SCALE, dtype)
+
+
+def _without_prefix(
+    pieces: Mapping[str, Sequence[Piece]], prefix: str
+) -> dict[str, Sequence[Piece]]:
+    return {
+        path: [piece._replace(name=piece.name.removeprefix(prefix)) for piece in parts]
+        for path, parts in pieces.items()
+    }
 
 
 def _place(

@@ -12,13 +12,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 IRRELEVANT = frozenset(
     "_attn_implementation_autoset _commit_hash _name_or_path attention_dropout attn_implementation "
-    "chunk_size_feed_forward finetuning_task id2label initializer_range is_decoder label2id "
-    "max_window_layers model_type name_or_path num_labels output_attentions output_hidden_states "
-    "pad_token_id pretraining_tp problem_type return_dict sep_token_id task_specific_params "
+    "chunk_size_feed_forward finetuning_task id2label initializer_range is_decoder is_matryoshka "
+    "label2id matryoshka_dimensions max_window_layers model_type name_or_path num_labels "
+    "output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict "
+    "sbert_ce_default_activation_function sentence_transformers sep_token_id task_specific_params "
     "tokenizer_class torchscript transformers_version unsloth_fixed unsloth_version use_bfloat16 "
     "use_cache".split()
 )
-"""Attributes that cannot change the logits of an inference."""
+"""Attributes that cannot change the logits of an inference. What becomes of them to make embeddings
+is told elsewhere."""
 
 GENERATION = frozenset(
     "bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample "
@@ -48,12 +50,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Values at which an attribute that a family does not handle changes nothing."""
 
+HEADS = {"ForCausalLM": "tokens", "ForSequenceClassification": "labels", "Model": None}
+"""How the name of an architecture ends -> what its logits are of, if it has any."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything about a checkpoint that changes the program or its shapes."""
 
     architecture: str
+    head: str | None = "tokens"  # "labels": of a classifier; None: it gives hidden states alone
+    num_labels: int = 0
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -88,10 +95,12 @@ class ModelConfig:
                 f"layer_types: expected {self.num_layers}, one a layer, "
                 f"got {len(self.sliding_window)}; correct the config"
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(
-                f"dtype: expected {' or '.join(DTYPES)}, got {self.dtype!r}; ask for one of them"
-            )
+        check_dtype(self.dtype)
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the next token's logits have a matrix of their own."""
+        return self.head == "tokens" and not self.tie_embeddings
 
     @property
     def group_size(self) -> int:
@@ -105,18 +114,22 @@ class ModelConfig:
         Raises ValueError naming the attribute that is missing, malformed or not understood.
         """
         attributes = Attributes(config)
-        architecture = _architecture(attributes)
+        architecture, head = read_architecture(attributes, ARCHITECTURES)
+        num_labels = read_num_labels(attributes) if head == "labels" else 0
         common = _common(attributes)
         own = FAMILIES[architecture](attributes, common["num_layers"])
         for name, values in NEUTRAL.items():
             attributes.expect(name, *values)
         attributes.finish(IRRELEVANT | GENERATION)
-        return cls(architecture=architecture, **common, **own)
+        return cls(architecture=architecture, head=head, num_labels=num_labels, **common, **own)
 
 
-def _architecture(attributes: Attributes) -> str:
+def read_architecture(
+    attributes: Attributes, known: Mapping[str, tuple[str, str | None]]
+) -> tuple[str, str | None]:
+    """What `known` says of the first of the architectures named that is in it."""
     named = attributes.take("architectures", None) or []
-    supported = [architecture for architecture in named if architecture in FAMILIES]
+    supported = [known[architecture] for architecture in named if architecture in known]
     if not supported:
         raise ValueError(_unsupported(named))
     return supported[0]
@@ -129,12 +142,29 @@ def _unsupported(architectures: list[str]) -> str:
     )
 
 
+def read_num_labels(attributes: Attributes) -> int:
+    """Of a classifier; two where nothing is said, as in transformers."""
+    return attributes.count("num_labels", len(attributes.take("id2label", None) or ()) or 2)
+
+
+def read_dtype(attributes: Attributes) -> str:
+    """By its present or its older name."""
+    older = attributes.take("torch_dtype", None)
+    return str(attributes.take("dtype", None) or older or "float32")
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}; ask for one of them"
+        )
+
+
 def _common(attributes: Attributes) -> dict[str, Any]:
     """The fields that every family reads alike."""
     hidden_size = attributes.count("hidden_size")
     num_heads = attributes.count("num_attention_heads")
     rope, max_position = read_rope(attributes)
-    older_dtype = attributes.take("torch_dtype", None)
     attributes.expect("hidden_act", "silu")
     return dict(
         vocab_size=attributes.count("vocab_size"),
@@ -150,7 +180,7 @@ def _common(attributes: Attributes) -> dict[str, Any]:
         max_position=max_position,
         eos_ids=attributes.token_ids("eos_token_id"),
         bos_id=next(iter(attributes.token_ids("bos_token_id")), None),
-        dtype=str(attributes.take("dtype", None) or older_dtype or "float32"),
+        dtype=read_dtype(attributes),
     )
 
 
@@ -213,3 +243,10 @@ FAMILIES = {
     "Qwen3ForCausalLM": _qwen3,
 }
 """Architecture -> what its config.json says beyond the common part."""
+
+ARCHITECTURES = {
+    family.removesuffix("ForCausalLM") + suffix: (family, head)
+    for family in FAMILIES
+    for suffix, head in HEADS.items()
+}
+"""Architecture -> the family it is of, as `ModelConfig.architecture` names it, and its head."""

@@ -57,7 +57,7 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Float32 next-token logits."""
+        """Float32 next-token logits; of a classifier, those of its labels."""
         ...
 
 

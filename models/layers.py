@@ -50,6 +50,21 @@ def rms_norm(
     return normed * jnp.expand_dims(scale, range(x.ndim - 1))
 
 
+def layer_norm(
+    x: Float[Array, "T D"], scale: Float[Array, " D"], bias: Float[Array, " D"], *, eps: float
+) -> Float[Array, "T D"]:
+    """(x - mean) / standard deviation * scale + bias, in float32, then rounded.
+
+    Source: Ba et al. 2016, arXiv:1607.06450.
+    """
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + eps)
+    scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
+    return (normed * scale[None] + bias[None]).astype(x.dtype)
+
+
 def linear(
     x: Float[Array, "T D"],
     weight: nnx.Param,

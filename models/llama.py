@@ -109,9 +109,10 @@ class Layer(nnx.Module):
 
 
 class LlamaForCausalLM(nnx.Module):
-    """The decoder. Implements `interface.Model`."""
+    """The decoder, with the head that its config has. Implements `interface.Model`."""
 
     attention_class = Attention
+    base_prefix = "model."
 
     def __init__(self, config: ModelConfig, new: Parameters):
         V, D = config.vocab_size, config.hidden_size
@@ -122,7 +123,8 @@ class LlamaForCausalLM(nnx.Module):
             for window in config.sliding_window
         )
         self.norm = new.scale(embed=D)
-        self.lm_head = None if config.tie_embeddings else new.weight(vocab=V, embed=D)
+        self.lm_head = new.weight(vocab=V, embed=D) if config.has_lm_head else None
+        self.score = new.weight(labels=config.num_labels, embed=D) if config.num_labels else None
 
     def __call__(
         self,
@@ -150,6 +152,8 @@ class LlamaForCausalLM(nnx.Module):
         return x, cache and tuple(layer_caches)
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        if self.score is not None:
+            return project(hidden, self.score)
         return project(hidden, self.embed_tokens if self.lm_head is None else self.lm_head)
 
     @classmethod
@@ -159,8 +163,10 @@ class LlamaForCausalLM(nnx.Module):
             "embed_tokens": (Piece("model.embed_tokens.weight"),),
             "norm": (Piece("model.norm.weight"),),
         }
-        if not config.tie_embeddings:
+        if config.has_lm_head:
             pieces["lm_head"] = (Piece("lm_head.weight"),)
+        if config.num_labels:
+            pieces["score"] = (Piece("score.weight"),)
         for layer in range(config.num_layers):
             for path, parts in cls.layer_pieces(config, f"model.layers.{layer}").items():
                 pieces[f"layers.{layer}.{path}"] = parts
@@ -192,8 +198,8 @@ class LlamaForCausalLM(nnx.Module):
     @staticmethod
     def is_ignorable(name: str, config: ModelConfig) -> bool:
         """Whether a checkpoint tensor may be there without filling anything."""
-        duplicate_head = config.tie_embeddings and name == "lm_head.weight"
-        return duplicate_head or name.endswith("rotary_emb.inv_freq")
+        unused_head = name == "lm_head.weight" and not config.has_lm_head
+        return unused_head or name.endswith("rotary_emb.inv_freq")
 
 
 def _added(

@@ -3,6 +3,7 @@ import tiny
 
 from jaxengine.models import MODULES
 from jaxengine.models.config import FAMILIES, ModelConfig
+from jaxengine.models.encoder_config import ENCODERS
 from jaxengine.models.rope_config import RopeConfig
 from jaxengine.models.shapes import SHAPES
 
@@ -21,7 +22,18 @@ QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"]}
 
 
 def test_every_architecture_has_a_module_and_a_reader():
-    assert set(MODULES) == set(FAMILIES)
+    decoders, encoders = set(FAMILIES), {family for family, _ in ENCODERS.values()}
+    assert set(MODULES) == decoders | encoders
+
+
+@pytest.mark.parametrize(
+    "architecture, head, num_labels",
+    [("Qwen3Model", None, 0), ("Qwen3ForSequenceClassification", "labels", 2)],
+)
+def test_a_family_is_known_by_whatever_head_it_has(architecture, head, num_labels):
+    config = ModelConfig.from_dict(QWEN3 | {"architectures": [architecture]})
+    assert (config.architecture, config.head) == ("Qwen3ForCausalLM", head)
+    assert config.num_labels == num_labels and not config.has_lm_head
 
 
 def test_a_minimal_config_gets_the_defaults_of_transformers():

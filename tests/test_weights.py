@@ -114,6 +114,21 @@ def test_every_family_loads_from_a_folder(tmp_path, family, shards):
     assert total == sum(tensor.size for tensor in tensors.values())
 
 
+def test_names_may_lack_the_prefix_that_a_head_gives_them(tmp_path):
+    tensors = toy_tensors()
+    save_file(tensors, tmp_path / "model.safetensors")
+    prefixed = {
+        path: [piece._replace(name=f"model.{piece.name}") for piece in parts]
+        for path, parts in PIECES.items()
+    }
+    state = load_parameters(tmp_path, toy(), prefixed, base_prefix="model.", progress=False)
+    np.testing.assert_array_equal(leaf(state, "qkv"), expected_qkv(tensors))
+    tensors["model.v.weight"] = tensors.pop("v.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: model.k.weight, model.norm.weight, model.q"):
+        load_parameters(tmp_path, toy(), prefixed, base_prefix="model.", progress=False)
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_named_together(tmp_path):
     tensors = toy_tensors()
     del tensors["v.weight"]
