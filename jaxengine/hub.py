@@ -8,6 +8,9 @@ from typing import Any
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 CHECKPOINT_FILES = ("*.safetensors", *TOKENIZER_FILES)
+OTHER_FORMATS = ("[!0-9]*/*", "consolidated*")
+"""The same weights once more; but folders with a number are the modules of an embedding model."""
+
 HUB_TIMEOUT_SECONDS = 5.0
 
 
@@ -83,7 +86,7 @@ def _snapshot(
         revision=revision,
         cache_dir=download_dir,
         allow_patterns=list(patterns),
-        ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
+        ignore_patterns=list(OTHER_FORMATS),
         etag_timeout=HUB_TIMEOUT_SECONDS,
     )
     return Path(folder)

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from jaxengine.hub import read_json, resolve_model
+from jaxengine.hub import CHECKPOINT_FILES, OTHER_FORMATS, read_json, resolve_model
 
 
 def test_a_folder_is_itself(tmp_path):
@@ -46,6 +46,22 @@ def test_an_unreachable_hub_is_one_error_within_seconds(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name}.*cannot be reached.*pass a local folder"):
         resolve_model(name, download_dir=str(tmp_path))
     assert time.monotonic() - start < 10
+
+
+def test_of_the_folders_in_a_repository_only_those_of_modules_are_fetched():
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model.safetensors", "1_Pooling/config.json", "2_D/model.safetensors"]
+    others = [
+        "onnx/config.json",
+        "original/tokenizer.model",
+        "consolidated.safetensors",
+        "2_D/x.bin",
+    ]
+    found = filter_repo_objects(
+        [*wanted, *others], allow_patterns=CHECKPOINT_FILES, ignore_patterns=OTHER_FORMATS
+    )
+    assert list(found) == wanted
 
 
 def test_a_name_the_hub_cannot_have_is_refused():
