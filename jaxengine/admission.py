@@ -31,11 +31,16 @@ class Limits:
     pool_tokens: int  # the whole KV pool, in tokens
     eos_token_ids: frozenset[int]
     truncates: bool  # cut what is too long instead of refusing it
+    generates: bool = True  # at least one token behind the prompt
     functions: Functions = NO_FUNCTIONS  # those registered
 
     @property
     def max_tokens(self) -> int:
         return min(self.context_length, self.pool_tokens)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.max_tokens - self.generates
 
 
 def make_request(
@@ -97,17 +102,16 @@ def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> list[int]:
         raise ValueError(f"{field}: expected at least one token, got an empty prompt")
     if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= limits.vocab_size:
         raise ValueError(f"{field}: {_wrong_id(ids, entry, limits)}")
-    if len(ids) < limits.max_tokens:
+    if len(ids) <= limits.max_prompt_tokens:
         return list(ids)
     if limits.truncates:
         warnings.warn(
-            f"{field}: a prompt of {len(ids)} tokens was cut to {limits.max_tokens - 1}",
+            f"{field}: a prompt of {len(ids)} tokens was cut to {limits.max_prompt_tokens}",
             stacklevel=2,
         )
-        return list(ids[: limits.max_tokens - 1])
-    raise ValueError(
-        f"{field}: {len(ids)} tokens, and at least one to generate, do not fit {_limit(limits)}"
-    )
+        return list(ids[: limits.max_prompt_tokens])
+    one_more = ", and at least one to generate," if limits.generates else ""
+    raise ValueError(f"{field}: {len(ids)} tokens{one_more} do not fit {_limit(limits)}")
 
 
 def _wrong_id(ids: Sequence[Any], entry: Entry, limits: Limits) -> str:

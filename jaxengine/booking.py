@@ -4,6 +4,8 @@ one does, and what was told of their distributions."""
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxengine import outputs
 from jaxengine.hidden_states import Launch
 from jaxengine.logprobs import Told
@@ -48,6 +50,13 @@ def book_states(plan: StepPlan, launch: Launch) -> None:
             end = row.start + row.query_len
             books.add(launch, index, first, row.start, end, max(row.num_draws, 1))
         first += row.query_len
+
+
+def read_reason(request: Request) -> dict[str, Any]:
+    """Why a request ends whose prompt is read and whose continuation nobody wants."""
+    if request.embedding is not None and not np.isfinite(request.embedding).all():
+        return NOT_FINITE_REASON
+    return outputs.length_reason(request.max_new_tokens)
 
 
 def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:

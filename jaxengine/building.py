@@ -24,8 +24,10 @@ from jaxengine.memory import (
     num_pages_that_fit,
     step_bytes,
 )
+from jaxengine.models.bidirectional_attention import BLOCK
 from jaxengine.models.config import ModelConfig
-from jaxengine.pallas_kernels.dispatch import Kernels, Problem, choose
+from jaxengine.models.encoder_config import EncoderConfig
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.sampling.probabilities import block_size
 from jaxengine.sampling_values import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.server_args import ServerArgs
@@ -70,12 +72,12 @@ def build(
     is_cpu = device.platform == "cpu"
     dtype = choose_dtype(args, found.config, is_cpu)
     kernels = _kernels(args, found.config, sizes, dtype, device)
-    abstract = abstract_model(found.config, dtype)
+    abstract = abstract_model(found.config, dtype, found.embedder)
     graphdef, params = nnx.split(abstract)
     programs = StepPrograms(
         graphdef,
         params,
-        num_layers=found.config.num_layers,
+        num_layers=found.config.num_cached_layers,
         vocab_size=found.config.vocab_size,
         page_shape=(found.config.num_kv_heads, args.page_size, found.config.head_size),
         # On CPUs XLA may widen the whole 16-bit pool for every write into it.
@@ -87,6 +89,7 @@ def build(
         device=device,
         kernels=kernels,
         has_raw_logprobs=args.logprobs_mode == "raw_logprobs",
+        embeds=found.embeddings is not None,
         functions=functions,
     )
     demand = Demand(
@@ -151,12 +154,16 @@ def _num_pages(args: ServerArgs, programs: StepPrograms, sizes: Sizes, demand: D
     return min(contexts * -(-sizes.context_length // args.page_size), fits)
 
 
-def _foreseen_step_bytes(config: ModelConfig, sizes: Sizes, dtype: str) -> int:
+def _foreseen_step_bytes(config: ModelConfig | EncoderConfig, sizes: Sizes, dtype: str) -> int:
     """What the largest step will take: for every token three streams beside a layer's widest
     arrays, or for every row its logits twice; and a fourth of that for small things."""
     mlp = 3 * config.intermediate_size
     attention = 2 * (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+    if isinstance(config, EncoderConfig):
+        attention += 3 * config.num_heads * BLOCK  # scores and weights
     elements = sizes.chunk_size * (3 * config.hidden_size + max(mlp, attention))
+    if config.head != "tokens":
+        return elements * jnp.dtype(dtype).itemsize * 5 // 4
     logits = sizes.max_running_requests * config.vocab_size * 2 * 4
     # A step that tells of prompts' log-probabilities may be compiled at any time.
     block = 2 * 4 * block_size(config.vocab_size) * config.vocab_size
@@ -164,8 +171,19 @@ def _foreseen_step_bytes(config: ModelConfig, sizes: Sizes, dtype: str) -> int:
 
 
 def _kernels(
-    args: ServerArgs, config: ModelConfig, sizes: Sizes, dtype: str, device: Any
+    args: ServerArgs,
+    config: ModelConfig | EncoderConfig,
+    sizes: Sizes,
+    dtype: str,
+    device: Any,
 ) -> Kernels:
+    if isinstance(config, EncoderConfig):
+        if args.attention_backend not in (None, "xla"):
+            raise ValueError(
+                f"attention_backend: expected xla, as encoders have no kernels of their own, got "
+                f"{args.attention_backend}; leave it out"
+            )
+        return XLA
     capability = None
     if device.platform == "gpu" and "NVIDIA" in device.device_kind:
         major, minor = device.compute_capability.split(".")

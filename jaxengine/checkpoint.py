@@ -3,6 +3,7 @@
 Only safetensors are read: the other formats are pickles, and unpickling a file runs the code in it.
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,20 @@ class Tensor(NamedTuple):
 
     path: Path
     file: Any  # the open file
+    name: str  # there
     shape: tuple[int, ...]
     dtype: str  # in safetensors' spelling
 
 
-def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Tensor]:
-    """The tensors of all shards by name; the files stay open, memory-mapped, as long as `files`."""
+def open_checkpoint(
+    folder: Path, files: ExitStack, modules: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of all shards by name; the files stay open, memory-mapped, as long as `files`.
+    The names of those in folders inside, which `modules` are, begin with the folder's."""
     tensors: dict[str, Tensor] = {}
+    for module in modules:
+        inside = open_checkpoint(folder / module, files)
+        tensors |= {f"{module}.{name}": tensor for name, tensor in inside.items()}
     for path in _shards(folder):
         try:
             file = files.enter_context(safe_open(path, framework="numpy"))
@@ -35,16 +43,16 @@ def open_checkpoint(folder: Path, files: ExitStack) -> dict[str, Tensor]:
                 if name in tensors:
                     raise ValueError(f"{name} is both in {tensors[name].path} and in {path}")
                 view = file.get_slice(name)
-                tensors[name] = Tensor(path, file, tuple(view.get_shape()), view.get_dtype())
+                tensors[name] = Tensor(path, file, name, tuple(view.get_shape()), view.get_dtype())
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from error
     return tensors
 
 
-def read(tensor: Tensor, name: str) -> np.ndarray:
+def read(tensor: Tensor) -> np.ndarray:
     """The values of a tensor whose file is open."""
     try:
-        return tensor.file.get_tensor(name)
+        return tensor.file.get_tensor(tensor.name)
     except SafetensorError as error:
         raise _unreadable(tensor.path, error) from error
 

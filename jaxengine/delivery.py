@@ -9,13 +9,13 @@ detokenisation costs the loop nothing.
 import asyncio
 import contextlib
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from jaxengine.loop import Loop
 from jaxengine.request import Progress, Request
-from jaxengine.results import Writer
+from jaxengine.results import EmbeddingWriter, Writer
 
 ENGINE_FAILED = 500  # status code of requests that the engine itself let down
 
@@ -26,7 +26,7 @@ class Call:
     def __init__(
         self,
         requests: list[Request],
-        writers: list[Writer],
+        writers: Sequence[Writer | EmbeddingWriter],
         loop: Loop,
         *,
         is_batch: bool,

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from jaxengine.admission import make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_control import ControlMethods
+from jaxengine.engine_embedding import EmbeddingMethods
 from jaxengine.engine_profiling import ProfilingMethods
 from jaxengine.engine_scoring import ScoringMethods
 from jaxengine.engine_sessions import SessionCall, SessionMethods
@@ -41,7 +42,14 @@ class FlushResult(NamedTuple):
     success: bool
 
 
-class Engine(ScoringMethods, WeightMethods, SessionMethods, ProfilingMethods, ControlMethods):
+class Engine(
+    ScoringMethods,
+    EmbeddingMethods,
+    WeightMethods,
+    SessionMethods,
+    ProfilingMethods,
+    ControlMethods,
+):
     """A model on a device, and a thread that continues prompts with it.
 
     `Engine(model_path=..., ...)` with the fields of `ServerArgs`, or
@@ -239,6 +247,11 @@ class Engine(ScoringMethods, WeightMethods, SessionMethods, ProfilingMethods, Co
         """What a call asks for, sample by sample."""
         if not self._loop.is_alive:
             raise self._loop.refusal()
+        if self._started.found.embeddings is not None:
+            raise ValueError(
+                "generate: this engine makes embeddings; call encode, or load a model that "
+                "generates, without is_embedding"
+            )
         refuse_unavailable(unavailable)
         args = self.server_args
         has_priority = args.enable_priority_scheduling or args.schedule_policy == "priority"

@@ -88,7 +88,7 @@ class WeightMethods:
         _check_format(load_format, DISK_FORMATS)
         started = self._started
         try:
-            tensors = read_checkpoint(started.args, model_path, started.model_config)
+            tensors = read_checkpoint(started.args, model_path, started.found)
             found = self._changes(tensors.items())
             if missing := started.occupation.tensors.difference(tensors_of(found)):
                 raise ValueError(f"{model_path} lacks {listed(missing)}")
@@ -142,7 +142,7 @@ class WeightMethods:
         return UpdateResult(True, _said(found, num_restarted))
 
     def _changes(self, named: Iterable[tuple[str, Any]]) -> list[Change]:
-        config = self._started.model_config
+        config = self._started.found.config
         return changes(
             named,
             self._started.occupation.parts,

@@ -16,7 +16,6 @@ from jaxengine import models
 from jaxengine.config import cache_dir
 from jaxengine.hub import read_json, resolve_model
 from jaxengine.memory import device_bytes
-from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
 from jaxengine.server_args import ServerArgs
 
@@ -76,11 +75,11 @@ def model(args: ServerArgs) -> Section:
     Raises: ValueError where there is no such model, or its config is not understood.
     """
     folder, content = _files(args)
-    config = ModelConfig.from_dict(content | args.model_overrides)
+    config = models.read_config(content | args.model_overrides)
     parameters = nnx.state(nnx.eval_shape(lambda: models.build(config)))
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     itemsize = jnp.dtype(config.dtype).itemsize
-    token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_size * itemsize
+    token_bytes = 2 * config.num_cached_layers * config.num_kv_heads * config.head_size * itemsize
     heads = f"{config.num_heads} query heads, {config.num_kv_heads} kv heads"
     return {
         "folder": str(folder) if folder else "none: a built-in shape",

@@ -131,7 +131,9 @@ def normalise(
     return Inputs(entries, is_batch or n > 1)
 
 
-def refuse_unavailable(arguments: Mapping[str, Any]) -> None:
+def refuse_unavailable(
+    arguments: Mapping[str, Any], method: str = "generate", available: Sequence[str] = AVAILABLE
+) -> None:
     """Raises for arguments that do not exist, and for those that ask for what does not yet."""
     for name, value in arguments.items():
         if name in WITHOUT_EFFECT:
@@ -139,17 +141,22 @@ def refuse_unavailable(arguments: Mapping[str, Any]) -> None:
                 warnings.warn(f"{name} is ignored: {WITHOUT_EFFECT[name]}", stacklevel=4)
             continue
         if name not in UNAVAILABLE:
-            raise TypeError(f"generate() got an unexpected argument {name!r}; {_way_out(name)}")
+            way_out = _way_out(name, available)
+            raise TypeError(f"{method}() got an unexpected argument {name!r}; {way_out}")
         if _asks_for_something(name, value):
             raise ValueError(f"{name}: {UNAVAILABLE[name]} not available yet; leave it out")
 
 
-def _way_out(name: str) -> str:
-    if name in SamplingParams.__dataclass_fields__ or name in OTHER_SPELLINGS:
+def _way_out(name: str, available: Sequence[str]) -> str:
+    if (
+        "sampling_params" in available
+        and name in SamplingParams.__dataclass_fields__
+        or name in OTHER_SPELLINGS
+    ):
         own = OTHER_SPELLINGS.get(name, name)
         return f"it is a sampling parameter: sampling_params={{{own!r}: ...}}"
-    close = difflib.get_close_matches(name, [*AVAILABLE, *UNAVAILABLE], 1)
-    return f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(AVAILABLE)}"
+    close = difflib.get_close_matches(name, [*available, *UNAVAILABLE], 1)
+    return f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(available)}"
 
 
 def _asks_for_something(name: str, value: Any) -> bool:

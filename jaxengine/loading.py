@@ -2,8 +2,9 @@
 It does not know what runs the model.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from jaxengine import models, weights
 from jaxengine.checkpoint import open_checkpoint, read
 from jaxengine.hub import read_json, resolve_model
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.embedder import EmbedderConfig, embedder_pieces
+from jaxengine.models.encoder_config import EncoderConfig
+from jaxengine.models.interface import Piece
 from jaxengine.models.shapes import SHAPES
+from jaxengine.pooling import Embeddings, read_embeddings
 from jaxengine.server_args import ServerArgs
 from jaxengine.tokenizer import eos_token_ids, load_tokenizer
 
@@ -27,9 +32,25 @@ class FoundModel:
     """All of a checkpoint but its weights."""
 
     folder: Path | None  # None for a built-in shape, which has no files
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
+    embeddings: Embeddings | None  # None: it generates
     tokenizer: Any
     eos_token_ids: frozenset[int]
+
+    @property
+    def embedder(self) -> EmbedderConfig | None:
+        return self.embeddings and self.embeddings.embedder
+
+    @property
+    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+        """Path of each parameter -> the checkpoint tensors that fill it."""
+        added = embedder_pieces(self.embedder) if self.embedder is not None else {}
+        return models.checkpoint_pieces(self.config) | added
+
+    @property
+    def modules(self) -> list[str]:
+        """Folders inside the checkpoint's that have tensors too."""
+        return [dense.folder for dense in self.embedder.dense] if self.embedder is not None else []
 
 
 def find_model(args: ServerArgs) -> FoundModel:
@@ -39,17 +60,24 @@ def find_model(args: ServerArgs) -> FoundModel:
     tokenizer = _tokenizer(args, folder)
     path = folder / "generation_config.json" if folder is not None else None
     generation = read_json(path) if path is not None and path.is_file() else None
+    config = _config(args, attributes)
+    embeddings = None
+    if config.head != "tokens":
+        embeddings = read_embeddings(folder, attributes, config)
     return FoundModel(
         folder=folder,
-        config=ModelConfig.from_dict(attributes),
+        config=config,
+        embeddings=embeddings,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids(attributes, generation, tokenizer),
     )
 
 
-def abstract_model(config: ModelConfig, dtype: str) -> nnx.Module:
+def abstract_model(
+    config: ModelConfig | EncoderConfig, dtype: str, embedder: EmbedderConfig | None = None
+) -> nnx.Module:
     """The model with shapes in place of parameters."""
-    return nnx.eval_shape(lambda: models.build(config, dtype=dtype))
+    return nnx.eval_shape(lambda: models.build(config, dtype=dtype, embedder=embedder))
 
 
 def load_parameters(args: ServerArgs, found: FoundModel, abstract: nnx.Module, device: Any) -> Any:
@@ -61,26 +89,27 @@ def load_parameters(args: ServerArgs, found: FoundModel, abstract: nnx.Module, d
         return weights.load_parameters(
             found.folder,
             abstract,
-            models.checkpoint_pieces(config),
+            found.pieces,
             base_prefix=models.base_prefix(config),
+            modules=found.modules,
             is_ignorable=lambda name: models.is_ignorable(name, config),
             progress=args.show_progress,
         )
 
 
 def read_checkpoint(
-    args: ServerArgs, model_path: str | None, running: ModelConfig
+    args: ServerArgs, model_path: str | None, running: FoundModel
 ) -> dict[str, np.ndarray]:
     """All tensors of another checkpoint of the running model, on the host.
 
     Raises: ValueError where there is none, or its configuration makes it another model.
     """
     folder = resolve_model(model_path, download_dir=args.download_dir)
-    config = ModelConfig.from_dict(read_json(folder / "config.json") | args.model_overrides)
+    config = _config(args, read_json(folder / "config.json") | args.model_overrides)
     is_other = {
         name
-        for name, value in vars(config).items()
-        if value != getattr(running, name) and name not in ("dtype", "eos_ids", "bos_id")
+        for name, value in vars(running.config).items()
+        if value != getattr(config, name, None) and name not in ("dtype", "eos_ids", "bos_id")
     }
     if is_other:
         raise ValueError(
@@ -88,11 +117,18 @@ def read_checkpoint(
             "make a new engine for it"
         )
     with ExitStack() as files:
-        tensors = open_checkpoint(folder, files)
-        return {name: read(tensor, name) for name, tensor in tensors.items()}
+        tensors = open_checkpoint(folder, files, running.modules)
+        return {name: read(tensor) for name, tensor in tensors.items()}
 
 
-def choose_dtype(args: ServerArgs, config: ModelConfig, is_cpu: bool) -> str:
+def _config(args: ServerArgs, attributes: Mapping[str, Any]) -> ModelConfig | EncoderConfig:
+    config = models.read_config(attributes)
+    if args.is_embedding and isinstance(config, ModelConfig) and config.head == "tokens":
+        return replace(config, head=None)
+    return config
+
+
+def choose_dtype(args: ServerArgs, config: ModelConfig | EncoderConfig, is_cpu: bool) -> str:
     """The type of weights and activations, in NumPy's spelling."""
     if args.dtype != "auto":
         return DTYPES.get(args.dtype, args.dtype)

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from jaxengine import outputs
-from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs, book_states
+from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs, book_states, read_reason
 from jaxengine.hidden_states import Gathered, Launch, WantedStates
 from jaxengine.logprobs import Told
 from jaxengine.pausing import FillMasks, finish_step
@@ -30,6 +30,8 @@ class StepRunner(Protocol):
 
     def collect_states(self, submitted: Any, wanted: WantedStates, /) -> Launch: ...
 
+    def collect_embeddings(self, submitted: Any, /) -> Any: ...
+
     def close(self) -> None: ...
 
 
@@ -42,6 +44,7 @@ class Loop:
         runner: StepRunner,
         *,
         overlaps: bool = True,
+        embeds: bool = False,
         max_queued_requests: int | None = None,
         weight_version: str = "default",
         fill_masks: FillMasks | None = None,
@@ -60,6 +63,7 @@ class Loop:
         self.throughput = 0.0  # output tokens per second, over the last second of steps
         self._overlaps = overlaps
         self._fill_masks = fill_masks
+        self._embeds = embeds
         self._max_queued_requests = max_queued_requests
         self._on_start = on_start
         self._on_end = on_end
@@ -181,10 +185,13 @@ class Loop:
         if plan.states is not None:
             self._states.add(launch := self.runner.collect_states(submitted, plan.states))
             book_states(plan, launch)
+        embeddings = self.runner.collect_embeddings(submitted) if self._embeds else None
         first = 0  # the row's first token among those that were read
         for index, (row, tokens) in enumerate(zip(plan.rows, drawn, strict=False)):  # then padding
             if told is not None and row.request.status is not Status.FINISHED:
                 book_logprobs(row, index, first, tokens, *told)
+            if embeddings is not None:  # it is one where the prompt ends
+                row.request.embedding = embeddings[index]
             self._deliver_row(row, tokens[: row.num_draws])
             first += row.query_len
         self._count_steps(max(plan.num_steps, 1))
@@ -206,7 +213,8 @@ class Loop:
             return
         if not tokens:
             if row.start + row.query_len == request.num_to_compute:  # a prompt; nothing to draw
-                self._finish(request, outputs.length_reason(request.max_new_tokens))
+                reason = read_reason(request)
+                self._finish(request, reason, keeps_prefix=reason is not NOT_FINITE_REASON)
             return
         num_before = len(request.output_ids)
         reason = append(request, tokens)

@@ -65,7 +65,7 @@ def num_pages_that_fit(
             f"{demand.steps / GIB:.2f}; raise mem_fraction_static ({mem_fraction_static}), or "
             "lower chunked_prefill_size, max_running_requests or context_length"
         )
-    return room // page_bytes
+    return room // max(page_bytes, 1)  # an encoder keeps nothing in its pages
 
 
 def num_bytes(tree: Any) -> int:

@@ -106,6 +106,28 @@ def result(
     return out if index is None else out | {"index": index}
 
 
+def embedding_result(
+    *,
+    rid: str,
+    embedding: Any,
+    finish_reason: Mapping[str, Any] | None,
+    prompt_tokens: int,
+    total_retractions: int,
+    weight_version: str,
+    e2e_latency: float,
+) -> dict[str, Any]:
+    """The result of a sequence that was not to be continued; `e2e_latency` is in seconds."""
+    meta_info = {
+        "id": rid,
+        "finish_reason": None if finish_reason is None else dict(finish_reason),
+        "prompt_tokens": prompt_tokens,
+        "weight_version": weight_version,
+        "total_retractions": total_retractions,
+        "e2e_latency": e2e_latency,
+    }
+    return {"embedding": embedding, "meta_info": meta_info}
+
+
 def logprob_lists(
     asked: Logprobs, prompt_ids: Sequence[int], num_outputs: int, outputs_start: int = 0
 ) -> dict[str, list[Any]]:

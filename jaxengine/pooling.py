@@ -8,6 +8,7 @@ it is given, and whoever wants an instruction before it puts it there.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,45 @@ TORCH_ACTIVATIONS = {
 """Names in the files -> keys of `embedder.ACTIVATIONS`."""
 
 
-def read_embedder(
-    folder: Path | None, attributes: Mapping[str, Any], config: ModelConfig | EncoderConfig
-) -> EmbedderConfig:
-    """What the files of a checkpoint say, whose config.json has these attributes.
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """What an engine of embeddings knows of its checkpoint beside the model's configuration."""
 
-    A classifier gives the logits of its labels, after the activation that cross-encoders name.
+    embedder: EmbedderConfig
+    size: int  # of an embedding before it is cut
+    dimensions: Sequence[int]  # that it may be cut to
+    max_length: int | None  # tokens of a sequence, where the files limit them
+    reads_whole: bool  # whether a sequence has to be read at once
+    num_token_types: int  # 2 where the second text of a pair is told from the first
+
+
+def read_embeddings(
+    folder: Path | None, attributes: Mapping[str, Any], config: ModelConfig | EncoderConfig
+) -> Embeddings:
+    """What the files of a checkpoint say, whose config.json has these attributes.
 
     Raises:
         ValueError: a module or setting that is not supported, with its name.
     """
+    embedder = read_embedder(folder, attributes, config)
+    size = config.num_labels or config.hidden_size
+    if embedder.dense:
+        size = embedder.dense[-1].out_features
+    return Embeddings(
+        embedder=embedder,
+        size=size,
+        dimensions=matryoshka_dimensions(attributes, size),
+        max_length=max_sequence_length(folder),
+        reads_whole=isinstance(config, EncoderConfig) or embedder.pooling != "lasttoken",
+        num_token_types=config.num_token_types if isinstance(config, EncoderConfig) else 1,
+    )
+
+
+def read_embedder(
+    folder: Path | None, attributes: Mapping[str, Any], config: ModelConfig | EncoderConfig
+) -> EmbedderConfig:
+    """How hidden states become an embedding. A classifier gives the logits of its labels, after
+    the activation that cross-encoders name."""
     own = "cls" if isinstance(config, EncoderConfig) else "lasttoken"
     if config.head == "labels":
         activation = _classifier_activation(folder, attributes)
@@ -68,13 +98,6 @@ def read_embedder(
         elif kind == "Normalize":
             normalizes = True
     return EmbedderConfig(pooling=pooling, dense=tuple(dense), normalizes=normalizes)
-
-
-def embedding_size(embedder: EmbedderConfig, config: ModelConfig | EncoderConfig) -> int:
-    """Length of an embedding, before it is cut."""
-    if embedder.dense:
-        return embedder.dense[-1].out_features
-    return config.num_labels or config.hidden_size
 
 
 def matryoshka_dimensions(attributes: Mapping[str, Any], size: int) -> Sequence[int]:

@@ -1,7 +1,7 @@
 """The device programs, pure: `extend` runs the model once over ragged rows, `decode` several times
 over rows of one token, and both draw next tokens. `read` and `draw` are one pass and its draw
-apart, for the host to say in between what may be drawn. They know arrays by slot, and neither
-requests nor how they are compiled.
+apart, for the host to say in between what may be drawn. `embed` draws nothing. They know arrays by
+slot, and neither requests nor how they are compiled.
 
 A step's tokens never come from the host: row by row it reads them from the history of its slot, and
 writes the token it drew behind them. So a prompt, a chunk, decoding rows and any mixture of them
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.hidden_states import WantedStates
 from jaxengine.logprobs import Told, Wanted
+from jaxengine.models.embedder import EmbeddingModel
 from jaxengine.models.interface import Batch, KVCache, Model, rows_of
 from jaxengine.models.taps import Place, Taps
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
@@ -60,6 +61,7 @@ class Outputs(NamedTuple):
     of_drawn: Told | None = None  # of [steps B], where wanted
     of_inputs: Told | None = None  # of [T]: at each token, of the one behind it
     states: States | None = None
+    embeddings: Float32[Array, "B E"] | None = None
 
 
 class Asked(NamedTuple):
@@ -84,6 +86,8 @@ def structure_of_made(
         return (Outputs(some, told),)
     if part == "read":
         return some, Outputs(some, None, of_inputs, seen)
+    if part == "embed":
+        return (Outputs(some, None, None, seen, some),)
     return (Outputs(some, told, of_inputs, seen),)
 
 
@@ -143,6 +147,27 @@ def read(
     nothing_drawn = jnp.zeros((0, len(rows.slots)), jnp.int32)
     states = states and states._replace(last=states.last[None])
     return cache, state, logits, Outputs(nothing_drawn, None, of_inputs, states)
+
+
+def embed(
+    model: EmbeddingModel,
+    cache: KVCache,
+    state: RequestState,
+    packed_rows: Int[Array, "B fields"],
+    *,
+    num_tokens: int,
+    options: Options = PLAIN,
+) -> tuple[KVCache, RequestState, Outputs]:
+    """One pass over `num_tokens` flat tokens, and the embedding of each row that ends in it."""
+    rows, state = _begin(cache, state, packed_rows)
+    page_table, settings = _of_rows(state, rows)
+    batch = _ragged_batch(state.tokens, page_table, settings.sampling, rows, num_tokens)
+    hidden, cache, states = _pass(model, batch, cache, settings, options)
+    states = states and states._replace(last=states.last[None])
+    nothing_drawn = jnp.zeros((0, len(rows.slots)), jnp.int32)
+    with jax.named_scope("embed"):
+        embeddings = model.embedder(model, hidden, batch)
+    return cache, state, Outputs(nothing_drawn, None, None, states, embeddings)
 
 
 def draw(

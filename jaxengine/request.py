@@ -57,6 +57,7 @@ class Request:
     arrival_time: float = field(default_factory=time.time)
 
     output_ids: list[int] = field(default_factory=list)
+    embedding: Any = None  # float32 `[size]`, of an engine that makes them
     finish_reason: dict[str, Any] | None = None
     finish_time: float | None = None
     progress: Progress = Progress()

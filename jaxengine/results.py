@@ -5,6 +5,8 @@ of its results. It knows one request at a time and no queue.
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxengine import outputs
 from jaxengine.hidden_states import HiddenStates
 from jaxengine.request import Progress, Request
@@ -113,6 +115,43 @@ class Writer:
         self._num_fed = len(spoken)
         is_end = progress.finish_reason is not None
         return self._detokenizer.finish() if is_end else self._detokenizer.text
+
+
+class EmbeddingWriter:
+    """Writes the result of a request that was read and not continued."""
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        dimensions: int | None = None,
+        normalizes: bool = False,  # what was cut
+        scores: bool = False,  # a single one is a number, not a list
+    ):
+        self._request = request
+        self._dimensions, self._normalizes, self._scores = dimensions, normalizes, scores
+
+    def write(self, progress: Progress) -> dict[str, Any]:
+        request = self._request
+        return outputs.embedding_result(
+            rid=request.rid,
+            embedding=self._embedding(),
+            finish_reason=progress.finish_reason,
+            prompt_tokens=len(request.prompt_ids),
+            total_retractions=request.num_retractions,
+            weight_version=progress.weight_version,
+            e2e_latency=(request.finish_time or time.time()) - request.arrival_time,
+        )
+
+    def _embedding(self) -> Any:
+        values = self._request.embedding
+        if values is None:  # the request was aborted
+            return []
+        if self._dimensions is not None:
+            values = values[: self._dimensions]
+            if self._normalizes:
+                values = values / max(float(np.linalg.norm(values)), 1e-12)
+        return values.item() if self._scores and len(values) == 1 else values.tolist()
 
 
 def _detokenizer(tokenizer: Any, request: Request) -> Detokenizer:

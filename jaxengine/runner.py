@@ -23,7 +23,7 @@ from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState
 from jaxengine.sampling.masks import everything
 from jaxengine.scheduler import StepPlan
-from jaxengine.step_programs import INSTALL, INSTALL_ROWS, WHOLE, StepPrograms, Variant
+from jaxengine.step_programs import INSTALL, StepPrograms, Variant
 
 logger = logging.getLogger("jaxengine")
 
@@ -53,6 +53,7 @@ class Runner:
             key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
         }
         self._programs, self._num_pages = steps, num_pages
+        self._plain = steps.plain
         self._variants: dict[Any, Any] = {}  # compiled when they are first needed
         self._thinned = thinned(self._steps)  # the sizes that these have
         self._empty_install = steps.empty_install()
@@ -65,7 +66,8 @@ class Runner:
         """Starts a step; what it tells is on its way to the host when `collect` asks for it."""
         self._save(plan.retracted)
         self._admit(plan.admitted)
-        variant = Variant("read" if plan.pauses else "whole", plan.wanted, plan.states)
+        part = "read" if plan.pauses else self._plain.part
+        variant = Variant(part, plan.wanted, plan.states)
         bucket = self._bucket(plan, variant)
         rows = self._packed_rows(plan, bucket.num_rows, variant)
         with self._annotation(plan):
@@ -121,6 +123,10 @@ class Runner:
         """What it tells of the tokens drawn, `[steps, rows]`, and of those behind tokens read."""
         return jax.tree.map(np.asarray, (told.of_drawn, told.of_inputs))
 
+    def collect_embeddings(self, told: Outputs) -> np.ndarray:
+        """Float32 `[rows, size]`; those of rows whose prompts did not end mean nothing."""
+        return np.asarray(told.embeddings)
+
     def collect_states(self, told: Outputs, wanted: WantedStates) -> Launch:
         """Its hidden states, which stay on the device."""
         assert told.states is not None, "they were asked for"
@@ -158,19 +164,19 @@ class Runner:
         self._params = self._cache = ()
         del self._state, self._install, self._steps, self._variants
 
-    def _bucket(self, plan: StepPlan, variant: Variant = WHOLE) -> Bucket:
+    def _bucket(self, plan: StepPlan, variant: Variant) -> Bucket:
         """The smallest that holds the plan: a decoding one if there is one so large."""
         fitting = [
             bucket
-            for bucket in (self._steps if variant == WHOLE else self._thinned)
+            for bucket in (self._steps if variant == self._plain else self._thinned)
             if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
         ]
         decoding = (bucket for bucket in fitting if bucket.num_steps == plan.num_steps)
         return next(decoding, None) or next(bucket for bucket in fitting if not bucket.num_steps)
 
-    def _run(self, bucket: Bucket, rows: np.ndarray, variant: Variant = WHOLE) -> Sequence[Any]:
+    def _run(self, bucket: Bucket, rows: np.ndarray, variant: Variant) -> Sequence[Any]:
         step = self._steps[bucket]
-        if variant != WHOLE:
+        if variant != self._plain:
             step = self._variant(
                 (bucket, variant),
                 lambda: self._programs.trace_step(bucket, self._num_pages, variant),
@@ -209,16 +215,18 @@ class Runner:
 
     def _admit(self, requests: Sequence[Request]) -> None:
         """Installs requests, several at a time; a long history in as many calls as it takes."""
-        room = len(self._empty_install.tokens)
+        max_rows, room = len(self._empty_install.slots), len(self._empty_install.tokens)
         rows: list[tuple[Request, int, list[int]]] = []  # and the tokens from a position on
+        left = room
         for request in requests:
             tokens = request.token_ids
             for start in range(0, len(tokens), room):
                 part = tokens[start : start + room]
-                if len(rows) == INSTALL_ROWS or sum(len(row[2]) for row in rows) + len(part) > room:
+                if len(rows) == max_rows or len(part) > left:
                     self._install_rows(rows)
-                    rows = []
+                    rows, left = [], room
                 rows.append((request, start, part))
+                left -= len(part)
         if rows:
             self._install_rows(rows)
         for request in requests:
@@ -247,7 +255,7 @@ class Runner:
                 packed[index, programs.NUM_ROW_FIELDS :][: len(ids)] = ids
         return packed
 
-    def _padding_rows(self, num_rows: int, variant: Variant = WHOLE) -> np.ndarray:
+    def _padding_rows(self, num_rows: int, variant: Variant) -> np.ndarray:
         packed = np.zeros((num_rows, variant.num_fields), np.int32)
         packed[:, RowInputs._fields.index("slots")] = self._num_slots
         return packed
@@ -256,7 +264,8 @@ class Runner:
         """Runs every step once on padding alone: libraries and graphs are set up before the first
         request."""
         for bucket in self._steps:
-            jax.block_until_ready(self._run(bucket, self._padding_rows(bucket.num_rows)))
+            rows = self._padding_rows(bucket.num_rows, self._plain)
+            jax.block_until_ready(self._run(bucket, rows, self._plain))
 
 
 def _sent(told: Outputs) -> Outputs:

@@ -46,6 +46,7 @@ class _Fields:
         choices=("auto", "safetensors", "dummy"),
         otherwise="other formats can run code when opened; convert with save_pretrained()",
     )
+    is_embedding: bool = argument(False, "embeddings of a model that could generate")
     revision: str | None = argument(None, "branch, tag or commit on the Hugging Face hub")
     download_dir: str | None = argument(None, "folder that the hub's files are downloaded to")
     dtype: str = argument(

@@ -161,7 +161,7 @@ GROUPS: tuple[tuple[Verdict, str], ...] = (
     ),
     (
         Refused("only text is generated so far; leave it out"),
-        """is_embedding multi_item_scoring_delimiter=None enable_return_routed_experts
+        """multi_item_scoring_delimiter=None enable_return_routed_experts
         dllm_algorithm=None dllm_algorithm_config=None""",
     ),
     (

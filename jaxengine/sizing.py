@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jaxengine.compiling import Bucket, buckets, rungs
 from jaxengine.memory import GIB
+from jaxengine.pooling import Embeddings
 from jaxengine.server_args import ServerArgs
 
 # Least device memory in GiB -> prompt tokens of a step, running requests.
@@ -21,6 +22,7 @@ GPU_TILE = 64
 CPU_DECODE = (1, 4, 16, 64, 256)
 CPU_EXTEND = (32, 512, 8192)
 GPU_DECODE_STEPS = 8  # so the host's work for one launch is hidden behind several steps
+EMBEDDING_TOKENS = 8  # of a step to one slot: short texts, and two steps of them at a time
 GPU_SINGLE_STEP = (1, 16, 64, 256)  # for streams, and the last tokens of others: fewer sizes
 
 
@@ -37,8 +39,16 @@ class Sizes:
     buckets: tuple[Bucket, ...]
 
 
-def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_cpu: bool) -> Sizes:
-    """The sizes for a model whose positions end at `max_position`."""
+def choose_sizes(
+    args: ServerArgs,
+    *,
+    max_position: int,
+    device_bytes: int,
+    is_cpu: bool,
+    embeddings: Embeddings | None = None,
+) -> Sizes:
+    """The sizes for a model whose positions end at `max_position`. One that makes embeddings never
+    decodes, and may have to read every sequence at once."""
     context_length = args.context_length or max_position
     if context_length > max_position:
         warnings.warn(
@@ -47,9 +57,14 @@ def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_c
             stacklevel=2,
         )
     chunk_default, running_default = _defaults(device_bytes, is_cpu)
+    if embeddings is not None:
+        running_default = chunk_default // EMBEDDING_TOKENS
     max_running = args.max_running_requests or running_default
-    can_chunk = args.chunked_prefill_size != -1
-    if can_chunk:
+    reads_whole = embeddings is not None and embeddings.reads_whole
+    can_chunk = args.chunked_prefill_size != -1 and not reads_whole
+    if reads_whole and args.chunked_prefill_size != -1:
+        chunk_size = max(args.chunked_prefill_size or chunk_default, context_length)
+    elif can_chunk:
         chunk_size = min(
             args.chunked_prefill_size or chunk_default,
             args.max_prefill_tokens,
@@ -59,10 +74,10 @@ def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_c
         chunk_size = max(args.max_prefill_tokens, context_length)
     chunk_size = max(chunk_size, max_running)  # a step has room for every running request's token
     max_decode = min(args.cuda_graph_max_bs or max_running, max_running)
-    decode_steps = args.num_continuous_decode_steps
-    if decode_steps is None:
-        decode_steps = 1 if is_cpu else min(GPU_DECODE_STEPS, args.page_size)
-    decode = _decode_rows(args.cuda_graph_bs, decode_steps, max_decode, max_running, is_cpu)
+    decode_steps, decode = 1, {}
+    if embeddings is None:
+        decode_steps = args.num_continuous_decode_steps or _decode_steps(args.page_size, is_cpu)
+        decode = _decode_rows(args.cuda_graph_bs, decode_steps, max_decode, max_running, is_cpu)
     extend = rungs(CPU_EXTEND if is_cpu else GPU_EXTEND, chunk_size)
     if not is_cpu:  # kernels take tokens by the tile
         extend = [-(-size // GPU_TILE) * GPU_TILE for size in extend]
@@ -72,9 +87,13 @@ def choose_sizes(args: ServerArgs, *, max_position: int, device_bytes: int, is_c
         chunk_size=chunk_size,
         can_chunk=can_chunk,
         decode_steps=decode_steps,
-        max_decode_rows=max(decode[1]),
+        max_decode_rows=max(decode[1]) if decode else 0,
         buckets=buckets(decode, extend, max_running),
     )
+
+
+def _decode_steps(page_size: int, is_cpu: bool) -> int:
+    return 1 if is_cpu else min(GPU_DECODE_STEPS, page_size)
 
 
 def _decode_rows(

@@ -26,6 +26,7 @@ from jaxengine.loading import FoundModel, find_model
 from jaxengine.loop import Loop
 from jaxengine.memory import Demand, device_bytes
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.encoder_config import EncoderConfig
 from jaxengine.occupation import Occupation
 from jaxengine.pallas_kernels.dispatch import Kernels
 from jaxengine.profiling import Profiler
@@ -52,7 +53,7 @@ class Started:
     sizes: Sizes
     occupation: Occupation
     random_seed: int
-    model_config: ModelConfig
+    found: FoundModel
     device: Any
     demand: Demand
     dtype: str
@@ -89,11 +90,17 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         found = find_model(args)
     sizes = choose_sizes(
         args,
-        max_position=found.config.max_position,
+        max_position=_max_position(args, found),
         device_bytes=device_bytes(device),
         is_cpu=device.platform == "cpu",
+        embeddings=found.embeddings,
     )
     config = found.config
+    if functions and found.embeddings is not None:
+        raise ValueError(
+            "logits_processors, sampler, interventions: an engine that makes embeddings takes "
+            "none; leave them out"
+        )
     validate(functions, config.vocab_size, config.hidden_size, config.num_layers)
     built = build(args, found, sizes, device, functions)
     programs, num_pages = built.programs, built.num_pages
@@ -102,7 +109,7 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         runner = Runner(programs, built.executables, built.params, num_pages)
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
     counter, profiler = CompileCounter(), Profiler()
-    scheduler = _scheduler(args, sizes, num_pages, found.config, random_seed)
+    scheduler = _scheduler(args, sizes, num_pages, found, random_seed)
     grammars = _grammars(args, found)
 
     def end() -> None:
@@ -114,6 +121,7 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         scheduler,
         runner,
         overlaps=not args.disable_overlap_schedule,
+        embeds=found.embeddings is not None,
         max_queued_requests=args.max_queued_requests,
         weight_version=args.weight_version,
         fill_masks=grammars.fill_masks,
@@ -124,30 +132,35 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
     Watchdog(loop, args.watchdog_timeout).start()
     seconds["total"] = time.perf_counter() - started
     logger.info("ready: %s", ", ".join(f"{name} {spent:.1f} s" for name, spent in seconds.items()))
+    limits = Limits(
+        vocab_size=found.config.vocab_size,
+        num_layers=found.config.num_layers,
+        context_length=sizes.context_length,
+        pool_tokens=num_pages * args.page_size,
+        eos_token_ids=found.eos_token_ids,
+        truncates=args.allow_auto_truncate,
+        generates=found.embeddings is None,
+        functions=functions,
+    )
+    if found.embeddings is not None and found.tokenizer is not None and limits.truncates:
+        # So a text keeps the special token at its end.
+        found.tokenizer.backend_tokenizer.enable_truncation(limits.max_prompt_tokens)
     return Started(
         args=args,
         loop=loop,
         tokenizer=found.tokenizer,
         grammars=grammars,
-        limits=Limits(
-            vocab_size=found.config.vocab_size,
-            num_layers=found.config.num_layers,
-            context_length=sizes.context_length,
-            pool_tokens=num_pages * args.page_size,
-            eos_token_ids=found.eos_token_ids,
-            truncates=args.allow_auto_truncate,
-            functions=functions,
-        ),
+        limits=limits,
         sizes=sizes,
         occupation=Occupation(
             loop,
             runner,
-            named_parts(built.params, models.checkpoint_pieces(found.config)),
+            named_parts(built.params, found.pieces, models.base_prefix(found.config)),
             programs.params,
             keeps_backup=args.enable_weights_cpu_backup,
         ),
         random_seed=random_seed,
-        model_config=found.config,
+        found=found,
         device=device,
         demand=built.demand,
         dtype=built.dtype,
@@ -170,12 +183,27 @@ def _grammars(args: ServerArgs, found: FoundModel) -> GrammarCompiler:
     )
 
 
+def _max_position(args: ServerArgs, found: FoundModel) -> int:
+    """Tokens of the longest sequence that the model was made for."""
+    max_position = found.config.max_position
+    if isinstance(found.config, EncoderConfig) and (args.context_length or 0) > max_position:
+        raise ValueError(
+            f"context_length: expected at most the {max_position} positions that the encoder has, "
+            f"got {args.context_length}; use a longer model"
+        )
+    if found.embeddings is not None and found.embeddings.max_length is not None:
+        return min(max_position, found.embeddings.max_length)
+    return max_position
+
+
 def _scheduler(
-    args: ServerArgs, sizes: Sizes, num_pages: int, model_config: ModelConfig, random_seed: int
+    args: ServerArgs, sizes: Sizes, num_pages: int, found: FoundModel, random_seed: int
 ) -> Scheduler:
     # With `dynamic` rope a key depends on the length of its own prompt: no other prompt may read
-    # it.
-    can_share = model_config.rope.type != "dynamic"
+    # it. And what is read whole finds nothing that was read before.
+    can_share = isinstance(found.config, ModelConfig) and found.config.rope.type != "dynamic"
+    if found.embeddings is not None and found.embeddings.reads_whole:
+        can_share = False
     return Scheduler(
         num_pages=num_pages,
         page_size=args.page_size,

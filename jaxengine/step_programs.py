@@ -4,7 +4,7 @@ or in two parts, and the program that installs requests. How they are run is the
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,9 +23,11 @@ from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
 from jaxengine.sampling import num_fields, pack
 from jaxengine.sampling.masks import num_words
+from jaxengine.sampling_params import SamplingParams
 
 INSTALL = "install"  # key of the one program that is not a step
 INSTALL_ROWS = 8  # requests that it installs at a time
+EMBED_INSTALL_ROWS = 64  # where a step may begin and end hundreds
 MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
 
 # Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there. Few and long
@@ -38,10 +40,10 @@ EXTEND_OPTIONS = {
 
 class Variant(NamedTuple):
     """Which program for a launch size: a whole step, the part of one before the host's say on what
-    may be drawn or the part behind it, itself in two where the host has its say on logits; and what
-    it tells."""
+    may be drawn or the part behind it, itself in two where the host has its say on logits, or one
+    that embeds; and what it tells."""
 
-    part: Literal["whole", "read", "draw", "adjust", "choose"] = "whole"
+    part: Literal["whole", "read", "draw", "adjust", "choose", "embed"] = "whole"
     wanted: Wanted | None = None
     states: WantedStates | None = None
 
@@ -49,9 +51,6 @@ class Variant(NamedTuple):
     def num_fields(self) -> int:
         """Of a packed row."""
         return programs.NUM_ROW_FIELDS + (self.wanted.ids if self.wanted else 0)
-
-
-WHOLE = Variant()
 
 
 class StepPrograms:
@@ -73,9 +72,11 @@ class StepPrograms:
         device: Any,
         kernels: Kernels = XLA,
         has_raw_logprobs: bool = False,
+        embeds: bool = False,
         functions: Functions = NO_FUNCTIONS,
     ):
         self.device = device
+        self.plain = Variant("embed" if embeds else "whole")
         self.functions = functions
         self._kernels = kernels
         # What others wrote is not known by its name: it is traced each time.
@@ -99,6 +100,11 @@ class StepPrograms:
             functions=functions,
         )
         self._num_stop_ids, self._num_bias = num_stop_ids, num_bias
+        room = dict(num_stop_ids=num_stop_ids, num_bias=num_bias)
+        self._pack_undrawn = lru_cache(4096)(
+            partial(pack, SamplingParams(), seed=0, stop_ids=(), **room)
+        )
+        self._num_install_rows = EMBED_INSTALL_ROWS if embeds else INSTALL_ROWS
 
     @property
     def page_bytes(self) -> int:
@@ -123,6 +129,8 @@ class StepPrograms:
 
     def pack_settings(self, request: Request) -> np.ndarray:
         """How a request is to be continued, in one row for `install`."""
+        if self.plain.part == "embed":
+            return self._pack_undrawn(prompt_len=len(request.prompt_ids))
         sampling = pack(
             request.sampling,
             prompt_len=len(request.prompt_ids),
@@ -136,16 +144,20 @@ class StepPrograms:
         chosen = request.sampling.functions, request.sampling.custom_params or {}
         return np.concatenate([sampling, self.functions.pack(*chosen)])
 
-    def lower_step(self, bucket: Bucket, num_pages: int, variant: Variant = WHOLE) -> Any:
+    def lower_step(self, bucket: Bucket, num_pages: int, variant: Variant | None = None) -> Any:
+        variant = variant or self.plain
         step = partial(self._step, bucket=bucket, variant=variant)
-        kind = f"decode{bucket.num_steps}" if bucket.num_steps else f"extend_{bucket.num_tokens}"
+        kind = f"decode{bucket.num_steps}"
+        if not bucket.num_steps:
+            kind = f"{'embed' if variant.part == 'embed' else 'extend'}_{bucket.num_tokens}"
         step.__name__ = f"{kind}x{bucket.num_rows}"  # type: ignore[attr-defined]
         return self._lower(step, self.step_arguments(bucket, num_pages, variant), (1, 2))
 
     def trace_step(
-        self, bucket: Bucket, num_pages: int, variant: Variant = WHOLE
+        self, bucket: Bucket, num_pages: int, variant: Variant | None = None
     ) -> Callable[[], Any]:
         """What compiles a step or the first part of one, or loads it."""
+        variant = variant or self.plain
         is_extend = self.device.platform == "gpu" and not bucket.num_steps
         options = EXTEND_OPTIONS if is_extend else None
         arguments = self.step_arguments(bucket, num_pages, variant)
@@ -194,16 +206,17 @@ class StepPrograms:
 
     def empty_install(self) -> InstallInputs:
         """Inputs that install nothing, to be filled."""
+        num_rows = self._num_install_rows
         num_slots, num_pages = self.state_shapes.page_table.shape
-        num_tokens = min(INSTALL_ROWS * self.state_shapes.tokens.shape[1], MAX_INSTALL_TOKENS)
+        num_tokens = min(num_rows * self.state_shapes.tokens.shape[1], MAX_INSTALL_TOKENS)
         zeros: Any = partial(np.zeros, dtype=np.int32)
         width = num_fields(self.state_shapes.settings.sampling) + self.functions.num_fields
         return InstallInputs(
-            slots=zeros(INSTALL_ROWS) + np.int32(num_slots),
-            starts=zeros(INSTALL_ROWS),
-            num_tokens=zeros(INSTALL_ROWS),
-            settings=zeros((INSTALL_ROWS, width)),
-            page_table=zeros((INSTALL_ROWS, num_pages)),
+            slots=zeros(num_rows) + np.int32(num_slots),
+            starts=zeros(num_rows),
+            num_tokens=zeros(num_rows),
+            settings=zeros((num_rows, width)),
+            page_table=zeros((num_rows, num_pages)),
             tokens=zeros(num_tokens),
         )
 
@@ -222,7 +235,9 @@ class StepPrograms:
     def _step(self, params, cache, changing, settings, rows, *, bucket, variant):
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
         run: Callable[..., Any]
-        if variant.part == "read":
+        if variant.part == "embed":
+            run = partial(programs.embed, num_tokens=bucket.num_tokens)
+        elif variant.part == "read":
             run = partial(programs.read, num_tokens=None if bucket.num_steps else bucket.num_tokens)
         elif bucket.num_steps:
             run = partial(programs.decode, num_steps=bucket.num_steps)

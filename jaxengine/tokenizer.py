@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from jaxengine.hub import TOKENIZER_FILES, resolve_folder
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
-    Tokenizer = Any
+    Encoding = Tokenizer = Any
 
 REPLACEMENT = "\ufffd"
 """What bytes decode to that are no character, or not yet."""
@@ -27,6 +28,11 @@ LONGEST_WINDOW = 16
 MOST_WITHHELD = 64
 """Undecoded characters at the end that may still become text. Byte-level tokenizers need one, those
 that fall back to bytes as many as a run of such bytes is long; more is taken for noise."""
+
+HALF_SURROGATE = (
+    "expected text, got a string with half a surrogate pair, which no encoding has; clean it with "
+    "`text.encode('utf-8', 'replace').decode()`"
+)
 
 END_OF_TURN_TOKENS = ("<|eom_id|>",)
 """Tokens that end a turn of some models though none of their files says so."""
@@ -73,10 +79,18 @@ def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) 
     try:
         return tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
     except TypeError as error:
-        raise ValueError(
-            "prompt: expected text, got a string with half a surrogate pair, which no encoding "
-            "has; clean it with `text.encode('utf-8', 'replace').decode()`"
-        ) from error
+        raise ValueError(f"prompt: {HALF_SURROGATE}") from error
+
+
+def encode_all(
+    tokenizer: Tokenizer, texts: Sequence[str] | Sequence[tuple[str, str]]
+) -> list[Encoding]:
+    """`ids` and `type_ids` (of a pair, 1 in the second text) of texts, or of pairs of texts put
+    together as the tokenizer does it; on several threads."""
+    try:
+        return tokenizer.backend_tokenizer.encode_batch(list(texts))
+    except TypeError as error:
+        raise ValueError(f"prompt: {HALF_SURROGATE}") from error
 
 
 def render_chat(

@@ -40,10 +40,10 @@ class Change(NamedTuple):
 
 
 def named_parts(
-    params: nnx.State[Any, Any], pieces: Mapping[str, Sequence[Piece]]
+    params: nnx.State[Any, Any], pieces: Mapping[str, Sequence[Piece]], base_prefix: str = ""
 ) -> dict[str, Part]:
     """All parts of a tree of parameters, by the dotted path of each parameter and by the name of
-    each checkpoint tensor."""
+    each checkpoint tensor, with and without `base_prefix`."""
     parts: dict[str, Part] = {}
     for number, (path, param) in enumerate(nnx.to_flat_state(params)):
         own, dtype = pieces[dotted(path)], np.dtype(param.dtype)
@@ -52,7 +52,8 @@ def named_parts(
         for name, index in own:
             shape = shape_of(param.shape, index)
             as_stored = _tensor_shape(shape, param.axes)
-            parts[name] = Part(number, index, shape, as_stored, dtype, (name,))
+            part = Part(number, index, shape, as_stored, dtype, (name,))
+            parts |= dict.fromkeys((name, name.removeprefix(base_prefix)), part)
     return parts
 
 

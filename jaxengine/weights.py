@@ -31,22 +31,23 @@ def load_parameters(
     pieces: Mapping[str, Sequence[Piece]],
     *,
     base_prefix: str = "",
+    modules: Iterable[str] = (),
     is_ignorable: Callable[[str], bool] = lambda name: False,
     progress: bool = True,
 ) -> nnx.State[Any, Any]:
     """The parameters of an abstract `model`, read from `folder` and cast to the model's dtypes.
 
     The host holds the parameter being read and the one being sent, never more. `progress` shows a
-    bar on stderr. Where no tensor's name begins with `base_prefix`, the pieces' do not either.
-    Raises ValueError naming the tensors that are missing, misshapen or unexpected, except those
-    that `is_ignorable`.
+    bar on stderr. Where no tensor's name begins with `base_prefix`, the pieces' do not either;
+    those in folders inside, `modules`, have names that begin with the folder's. Raises ValueError
+    naming the tensors that are missing, misshapen or unexpected, except those that `is_ignorable`.
     """
     leaves = nnx.to_flat_state(nnx.state(model))
     wanted = {dotted(path): param for path, param in leaves}
     if wanted.keys() != pieces.keys():
         raise RuntimeError(f"parameters and pieces differ: {sorted(wanted.keys() ^ pieces.keys())}")
     with ExitStack() as files:
-        tensors = open_checkpoint(folder, files)
+        tensors = open_checkpoint(folder, files, modules)
         if not any(name.startswith(base_prefix) for name in tensors):
             pieces = _without_prefix(pieces, base_prefix)
         _check(folder, tensors, wanted, pieces, is_ignorable)
@@ -118,7 +119,7 @@ def _read(
 
 
 def _read_tensor(tensor: Tensor, name: str, dtype: np.dtype) -> np.ndarray:
-    return cast(read(tensor, name), dtype, f"{name} in {tensor.path}")
+    return cast(read(tensor), dtype, f"{name} in {tensor.path}")
 
 
 def cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -169,7 +170,7 @@ def _misshapen(
     tensors: Mapping[str, Tensor], needed: Mapping[str, tuple[int, ...]]
 ) -> Iterable[str]:
     for name in needed.keys() & tensors.keys():
-        path, _, shape, _ = tensors[name]
+        path, shape = tensors[name].path, tensors[name].shape
         if not merges_to(needed[name], shape):
             yield f"{name} in {path.name} is {shape}, expected {needed[name]} (neighbours merged)"
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from jaxengine.models.bert import BertModel
     from jaxengine.models.config import ModelConfig
+    from jaxengine.models.embedder import EmbedderConfig
     from jaxengine.models.encoder_config import EncoderConfig
     from jaxengine.models.interface import Piece
     from jaxengine.models.llama import LlamaForCausalLM
@@ -42,8 +43,10 @@ def build(
     *,
     dtype: str | None = None,
     rngs: "nnx.Rngs | None" = None,
+    embedder: "EmbedderConfig | None" = None,
 ) -> "LlamaForCausalLM | BertModel":
-    """A model with random parameters of `dtype`, the config's by default.
+    """A model with random parameters of `dtype`, the config's by default; with an embedder, if one
+    is given, as its attribute of that name.
 
     Under `nnx.eval_shape(lambda: build(config))`, as an engine calls it, nothing is allocated.
     """
@@ -53,7 +56,12 @@ def build(
     from jaxengine.models.layers import Parameters
 
     new = Parameters(rngs or nnx.Rngs(0), jnp.dtype(dtype or config.dtype))
-    return model_class(config)(config, new)
+    model = model_class(config)(config, new)
+    if embedder is not None:
+        from jaxengine.models.embedder import Embedder
+
+        model.embedder = Embedder(embedder, new)
+    return model
 
 
 def checkpoint_pieces(config: "ModelConfig | EncoderConfig") -> "dict[str, tuple[Piece, ...]]":

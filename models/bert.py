@@ -19,6 +19,7 @@ from jaxengine.models.bidirectional_attention import attend_both_ways
 from jaxengine.models.encoder_config import EncoderConfig
 from jaxengine.models.interface import Batch, KVCache, Piece
 from jaxengine.models.layers import Parameters, layer_norm, linear, project
+from jaxengine.models.taps import INSIDE, Taps
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 
 ACTIVATIONS = {
@@ -87,12 +88,19 @@ class BertModel(nnx.Module):
         self.classifier_bias = new.bias(labels=config.num_labels) if has_labels else None
 
     def __call__(
-        self, batch: Batch, cache: KVCache | None, kernels: Kernels = XLA
+        self,
+        batch: Batch,
+        cache: KVCache | None,
+        kernels: Kernels = XLA,
+        taps: Taps | None = None,
     ) -> tuple[Float[Array, "T D"], KVCache | None]:
-        x = self._embedded(batch.tokens, batch.positions)
-        for layer in self.layers:
-            x = _run(*nnx.split(layer), x, batch)
-        return x, cache
+        taps = taps or Taps()
+        x = taps("embedding", None, self._embedded(batch.tokens, batch.positions))
+        for index, layer in enumerate(self.layers):
+            if taps.look_inside(index):
+                raise ValueError(f"an encoder shows none of {', '.join(INSIDE)}; take block_input")
+            x = _run(*nnx.split(layer), taps("block_input", index, x), batch)
+        return taps("final_norm", None, x), cache
 
     def _embedded(
         self, tokens: Int[Array, " T"], positions: Int[Array, " T"]

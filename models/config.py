@@ -98,6 +98,11 @@ class ModelConfig:
         check_dtype(self.dtype)
 
     @property
+    def num_cached_layers(self) -> int:
+        """Layers whose K and V are kept."""
+        return self.num_layers
+
+    @property
     def has_lm_head(self) -> bool:
         """Whether the next token's logits have a matrix of their own."""
         return self.head == "tokens" and not self.tie_embeddings

@@ -1,20 +1,20 @@
-"""A model with what makes one embedding of a sequence's hidden states: pooling, linear layers, a
-classifier's logits, normalisation. It does not know where its configuration comes from.
+"""What makes one embedding of a sequence's hidden states: pooling, linear layers, a classifier's
+logits, normalisation. It does not know where its configuration comes from.
 
 Source of the layout: Reimers and Gurevych 2019, arXiv:1908.10084.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxengine.models.interface import Batch, KVCache, Model, Piece
+from jaxengine.models.interface import Batch, Model, Piece
 from jaxengine.models.layers import Parameters, project
-from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -60,34 +60,43 @@ class Dense(nnx.Module):
             x += self.bias[...].astype(x.dtype)[None]
         return ACTIVATIONS[self.config.activation](x)
 
-    def checkpoint_pieces(self) -> dict[str, tuple[Piece, ...]]:
-        names = ("weight", "bias") if self.config.has_bias else ("weight",)
-        return {name: (Piece(f"linear.{name}"),) for name in names}
-
 
 class Embedder(nnx.Module):
-    """A model whose sequences are read and not continued."""
+    """What makes embeddings of a model's hidden states."""
 
-    def __init__(self, model: Model, config: EmbedderConfig, new: Parameters):
-        self.model = model
+    def __init__(self, config: EmbedderConfig, new: Parameters):
         self.config = config
         self.dense = nnx.List(Dense(each, new) for each in config.dense)
 
     def __call__(
-        self, batch: Batch, cache: KVCache | None, kernels: Kernels = XLA
-    ) -> tuple[Float[Array, "T D"], KVCache | None]:
-        return self.model(batch, cache, kernels)
-
-    def embed(self, hidden: Float[Array, "T D"], batch: Batch) -> Float[Array, "B E"]:
+        self, model: Model, hidden: Float[Array, "T D"], batch: Batch
+    ) -> Float[Array, "B E"]:
         """Float32 embeddings, or scores of labels, of rows whose prompts end in this batch. Those
         of other rows mean nothing."""
         pooled = POOLINGS[self.config.pooling](hidden, batch)
         if self.config.activation is not None:
-            pooled = ACTIVATIONS[self.config.activation](self.model.logits(pooled))
+            pooled = ACTIVATIONS[self.config.activation](model.logits(pooled))
         x = pooled.astype(jnp.float32)
         for dense in self.dense:
             x = dense(x)
         return normalized(x) if self.config.normalizes else x
+
+
+@runtime_checkable
+class EmbeddingModel(Model, Protocol):
+    """A model whose sequences are read and not continued."""
+
+    embedder: Embedder
+
+
+def embedder_pieces(config: EmbedderConfig) -> dict[str, tuple[Piece, ...]]:
+    """Path of each parameter that an embedder adds to a model -> the tensor that fills it, whose
+    name begins with the folder that it is in."""
+    return {
+        f"embedder.dense.{index}.{name}": (Piece(f"{dense.folder}.linear.{name}"),)
+        for index, dense in enumerate(config.dense)
+        for name in (("weight", "bias") if dense.has_bias else ("weight",))
+    }
 
 
 def normalized(x: Float[Array, "B E"]) -> Float[Array, "B E"]:

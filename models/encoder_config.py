@@ -55,9 +55,16 @@ class EncoderConfig:
             )
         check_dtype(self.dtype)
 
+    num_cached_layers = 0  # each token's K and V depend on tokens behind it
+    group_size = 1
+
     @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "EncoderConfig":

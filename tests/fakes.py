@@ -108,6 +108,9 @@ class FakeRunner:
     def collect(self, submitted: list[list[int]]) -> list[list[int]]:
         return submitted
 
+    def collect_embeddings(self, submitted: list[list[int]]) -> None:
+        return None
+
     def collect_logprobs(self, submitted: list[list[int]]) -> tuple[None, None]:
         return None, None
 

@@ -13,7 +13,9 @@ from jaxengine.sampling_params import SamplingParams
 VOCAB, EOS = 100, 9
 
 
-def limits(context: int = 64, pool: int = 1000, truncates: bool = False) -> Limits:
+def limits(
+    context: int = 64, pool: int = 1000, truncates: bool = False, generates: bool = True
+) -> Limits:
     return Limits(
         vocab_size=VOCAB,
         num_layers=2,
@@ -21,6 +23,7 @@ def limits(context: int = 64, pool: int = 1000, truncates: bool = False) -> Limi
         pool_tokens=pool,
         eos_token_ids=frozenset({EOS}),
         truncates=truncates,
+        generates=generates,
     )
 
 
@@ -130,3 +133,12 @@ def test_samples_of_a_seeded_prompt_differ_and_are_the_same_each_time():
     assert seeds[0] == 5 and len(set(seeds)) == 4
     assert seeds == [made(sampling_seed=5, n=4, sample=sample).seed for sample in range(4)]
     assert made(sampling_seed=-1).seed == 2**64 - 1
+
+
+def test_a_prompt_that_is_not_continued_may_fill_the_context():
+    of = limits(generates=False)
+    assert len(made([1] * 64, of, max_new_tokens=0).prompt_ids) == 64
+    with pytest.raises(ValueError, match="input_ids: 65 tokens do not fit the context of 64"):
+        made([1] * 65, of, max_new_tokens=0)
+    with pytest.warns(UserWarning, match="65 tokens was cut to 64"):
+        assert len(made([1] * 65, limits(truncates=True, generates=False)).prompt_ids) == 64

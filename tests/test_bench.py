@@ -266,6 +266,9 @@ class FakeRunner:
         self.clock.now = max(self.clock.now, step.end)
         return [[1]]
 
+    def collect_embeddings(self, step: FakeStep) -> None:
+        return None
+
     def collect_logprobs(self, step: FakeStep) -> tuple[None, None]:
         return None, None
 

@@ -20,9 +20,9 @@ from jaxengine.models.layers import Parameters
 LENGTHS = (1, 17, 5)
 
 
-def embedder(model: Any, **config: Any) -> Embedder:
+def embedder(**config: Any) -> Embedder:
     new = Parameters(nnx.Rngs(0), jnp.dtype(jnp.float32))
-    return Embedder(model, EmbedderConfig(**config), new)
+    return Embedder(EmbedderConfig(**config), new)
 
 
 BY_HAND: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -59,11 +59,11 @@ def test_dense_layers_and_normalisation_follow_pooling(rng):
         folder="2_Dense", in_features=64, out_features=3, has_bias=True, activation="tanh"
     )
     model = models.build(models.read_config(test_pooling.ENCODER))
-    found = embedder(model, pooling="cls", dense=(dense,), normalizes=True)
+    found = embedder(pooling="cls", dense=(dense,), normalizes=True)
     weight, bias = rng.standard_normal((3, 64)), rng.standard_normal(3)
     nnx.update(found.dense[0], {"weight": weight.astype("f4"), "bias": bias.astype("f4")})
     x = rng.standard_normal((2, 64))
-    got = found.embed(jnp.asarray(x, jnp.float32), whole([[0], [0]]))
+    got = found(model, jnp.asarray(x, jnp.float32), whole([[0], [0]]))
     expected = np.tanh(x @ weight.T + bias)
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(got, expected, atol=1e-6)
@@ -80,12 +80,13 @@ def test_the_labels_of_a_decoder_are_scored_at_its_last_token(family, num_labels
     named = {"architectures": [f"{stem}ForSequenceClassification"], "num_labels": num_labels}
     torch.manual_seed(0)
     oracle = Classifier.from_config(tiny.tiny_config(family, pad_token_id=2, **named)).eval()
-    model = embedder(ours(oracle), pooling="lasttoken", activation="identity", normalizes=False)
+    model = ours(oracle)
+    found = embedder(pooling="lasttoken", activation="identity", normalizes=False)
     prompts = [3 + ids for ids in random_prompts(rng, LENGTHS, 300)]
     hidden, _ = model(whole(prompts, 30), None)
     with torch.no_grad():
         expected = [oracle(torch.from_numpy(ids)[None]).logits[0].numpy() for ids in prompts]
-    np.testing.assert_allclose(model.embed(hidden, whole(prompts, 30)), expected, atol=1e-5)
+    np.testing.assert_allclose(found(model, hidden, whole(prompts, 30)), expected, atol=1e-5)
 
 
 def test_the_matrix_for_the_next_token_is_not_kept_where_there_is_no_such_head():

@@ -56,6 +56,7 @@ class KeptOpen:
     def __init__(self, runner: Any):
         self.submit, self.collect = runner.submit, runner.collect
         self.collect_logprobs, self.collect_states = runner.collect_logprobs, runner.collect_states
+        self.collect_embeddings = runner.collect_embeddings
 
     def close(self) -> None:
         pass

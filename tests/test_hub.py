@@ -59,7 +59,9 @@ def test_of_the_folders_in_a_repository_only_those_of_modules_are_fetched():
         "2_D/x.bin",
     ]
     found = filter_repo_objects(
-        [*wanted, *others], allow_patterns=CHECKPOINT_FILES, ignore_patterns=OTHER_FORMATS
+        [*wanted, *others],
+        allow_patterns=list(CHECKPOINT_FILES),
+        ignore_patterns=list(OTHER_FORMATS),
     )
     assert list(found) == wanted
 

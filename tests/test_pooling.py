@@ -10,10 +10,10 @@ import tiny
 from jaxengine import models
 from jaxengine.models.embedder import DenseConfig, EmbedderConfig
 from jaxengine.pooling import (
-    embedding_size,
     matryoshka_dimensions,
     max_sequence_length,
     read_embedder,
+    read_embeddings,
 )
 
 DECODER = tiny.tiny_config("qwen3").to_dict()
@@ -76,7 +76,7 @@ def test_dense_and_normalize_follow_in_order(tmp_path):
         folder="2_Dense", in_features=64, out_features=24, has_bias=True, activation="identity"
     )
     assert found == EmbedderConfig(pooling="cls", dense=(dense, dense), normalizes=True)
-    assert embedding_size(found, models.read_config(ENCODER)) == 24
+    assert read_embeddings(tmp_path, ENCODER, models.read_config(ENCODER)).size == 24
 
 
 def test_without_the_files_the_last_token_of_decoders_and_the_first_of_encoders_is_normalised(
@@ -107,7 +107,8 @@ def test_a_classifier_gives_logits_or_what_its_files_make_of_them(
     attributes = CLASSIFIER | change
     found = read(write(tmp_path, files | {"modules.json": [TRANSFORMER]}), attributes)
     assert found == EmbedderConfig(pooling="cls", activation=activation, normalizes=False)
-    assert embedding_size(found, models.read_config(attributes | {"num_labels": 3})) == 3
+    config = models.read_config(attributes | {"num_labels": 3})
+    assert read_embeddings(tmp_path, attributes, config).size == 3
 
 
 @pytest.mark.parametrize(
@@ -174,3 +175,14 @@ def test_sequences_are_as_long_as_the_shorter_limit_allows(tmp_path):
     write(tmp_path, {"sentence_bert_config.json": {"do_lower_case": True}})
     with pytest.raises(ValueError, match="do_lower_case = True"):
         max_sequence_length(tmp_path)
+
+
+def test_only_a_decoder_read_at_its_last_token_may_read_in_parts(tmp_path):
+    def reads_whole(attributes):
+        return read_embeddings(tmp_path, attributes, models.read_config(attributes)).reads_whole
+
+    assert not reads_whole(DECODER)
+    assert reads_whole(ENCODER) and reads_whole(CLASSIFIER)
+    files = {"modules.json": [TRANSFORMER, POOLING], "1_Pooling/config.json": {}}
+    write(tmp_path, files)
+    assert reads_whole(DECODER)

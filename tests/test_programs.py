@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cuda import lower_for_cuda
 from flax import nnx
+from test_bert import BERT
 from tiny import tiny_config
 
 from jaxengine import models, programs
@@ -18,26 +19,29 @@ from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.models.config import ModelConfig
+from jaxengine.models.embedder import EmbedderConfig
+from jaxengine.models.encoder_config import EncoderConfig
 from jaxengine.models.shapes import SHAPES
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
 from jaxengine.sampling import num_fields
-from jaxengine.step_programs import StepPrograms, Variant
+from jaxengine.step_programs import StepPrograms
 
 
 def step_programs(
-    config: ModelConfig,
+    config: ModelConfig | EncoderConfig,
     dtype: str,
     context_length: int = 64,
     kernels: Kernels = XLA,
     functions: Functions = NO_FUNCTIONS,
+    embedder: EmbedderConfig | None = None,
 ) -> StepPrograms:
-    abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype))
+    abstract = nnx.eval_shape(lambda: models.build(config, dtype=dtype, embedder=embedder))
     graphdef, params = nnx.split(abstract)
     return StepPrograms(
         graphdef,
         params,
-        num_layers=config.num_layers,
+        num_layers=config.num_cached_layers,
         vocab_size=config.vocab_size,
         page_shape=(config.num_kv_heads, 16, config.head_size),
         cache_dtype=dtype,
@@ -48,6 +52,7 @@ def step_programs(
         device=jax.devices()[0],
         kernels=kernels,
         functions=functions,
+        embeds=embedder is not None,
     )
 
 
@@ -83,7 +88,7 @@ ALL_KERNELS = {
 
 
 def lowered_for_cuda(steps: StepPrograms, bucket: Bucket, wanted: Wanted | None = None) -> str:
-    variant = Variant(wanted=wanted)
+    variant = steps.plain._replace(wanted=wanted)
     shapes = steps.step_arguments(bucket, 9, variant)
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
     step = partial(steps._step, bucket=bucket, variant=variant)
@@ -108,6 +113,23 @@ def test_steps_that_tell_of_distributions_lower_for_cuda() -> None:
         text = lowered_for_cuda(steps, bucket, Wanted(8, 8, not bucket.num_steps))
         assert text.count("tf.aliasing_output") == config.num_layers + 2
         assert "1024x151936xf32" not in text, "logits come by blocks"
+
+
+def test_steps_that_embed_lower_for_cuda() -> None:
+    embedder = EmbedderConfig(pooling="lasttoken", normalizes=True)
+    decoder = ModelConfig.from_dict(SHAPES["qwen3-0.6b"] | {"architectures": ["Qwen3Model"]})
+    kernels = ALL_KERNELS["mosaic"]
+    steps = step_programs(decoder, "bfloat16", 8192, kernels, embedder=embedder)
+    text = lowered_for_cuda(steps, Bucket(1024, 256))
+    assert text.count("tf.aliasing_output") == decoder.num_layers + 2  # tokens and page table
+    assert "151936xf32" not in text, "there are no logits"
+    encoder = EncoderConfig.from_dict(BERT)
+    mean = replace(embedder, pooling="mean")
+    steps = step_programs(encoder, "bfloat16", 128, embedder=mean)
+    text = lowered_for_cuda(steps, Bucket(8192, 1024))
+    assert text.count("tf.aliasing_output") == 2
+    assert text.count("func.func private @_run") == 1
+    assert "8192x8192" not in text, "attention is by blocks"
 
 
 @pytest.mark.parametrize("kernels", ALL_KERNELS.values(), ids=ALL_KERNELS)

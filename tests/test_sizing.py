@@ -6,16 +6,25 @@ import pytest
 
 from jaxengine.compiling import Bucket, buckets, rungs
 from jaxengine.memory import GIB
+from jaxengine.models.embedder import EmbedderConfig
+from jaxengine.pooling import Embeddings
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes, choose_sizes
 
 
-def sizes(*, memory: float = 141, is_cpu: bool = False, **arguments: Any) -> Sizes:
+def sizes(
+    *,
+    memory: float = 141,
+    is_cpu: bool = False,
+    embeddings: Embeddings | None = None,
+    **arguments: Any,
+) -> Sizes:
     return choose_sizes(
         ServerArgs(**arguments),
         max_position=4096,
         device_bytes=int(memory * GIB),
         is_cpu=is_cpu,
+        embeddings=embeddings,
     )
 
 
@@ -95,4 +104,31 @@ def test_buckets_have_no_more_rows_than_tokens() -> None:
         Bucket(4, 4, 2),
         Bucket(16, 16),
         Bucket(64, 32),
+    )
+
+
+def test_an_engine_that_embeds_never_decodes_and_runs_many_at_a_time() -> None:
+    chosen = sizes(embeddings=embeddings(reads_whole=False))
+    assert not any(bucket.num_steps for bucket in chosen.buckets)
+    assert (chosen.chunk_size, chosen.max_running_requests, chosen.can_chunk) == (8192, 1024, True)
+    assert (
+        sizes(embeddings=embeddings(reads_whole=False), max_running_requests=3).chunk_size == 8192
+    )
+
+
+@pytest.mark.parametrize(("asked", "chunk"), [(None, 8192), (64, 4096), (6000, 6000), (-1, 16384)])
+def test_a_step_has_room_for_a_sequence_that_is_read_whole(asked: int | None, chunk: int) -> None:
+    chosen = sizes(embeddings=embeddings(reads_whole=True), chunked_prefill_size=asked)
+    assert (chosen.chunk_size, chosen.can_chunk) == (chunk, False)
+    assert max(bucket.num_tokens for bucket in chosen.buckets) >= chunk
+
+
+def embeddings(reads_whole: bool) -> Embeddings:
+    return Embeddings(
+        embedder=EmbedderConfig(pooling="mean", normalizes=True),
+        size=64,
+        dimensions=(),
+        max_length=None,
+        reads_whole=reads_whole,
+        num_token_types=1,
     )

@@ -68,7 +68,10 @@ def run(args: ServerArgs, options: Options, import_seconds: float) -> None:
         RuntimeError: the engine failed.
     """
     with compile_cache(options) as cache:
-        config = find_model(args).config
+        found = find_model(args)
+        config = found.config
+        if found.embeddings is not None or not isinstance(config, ModelConfig):
+            raise ValueError("model_path: only models that generate are measured; take another")
         started = time.perf_counter()
         with Engine(server_args=_completed(args, options, config)) as engine:
             start_seconds = time.perf_counter() - started
