@@ -154,6 +154,20 @@ def test_names_and_head_of_the_checkpoint_do_not_matter(
         np.testing.assert_allclose(vectors(engine.encode(prompts)), of_decoder, atol=1e-5)
 
 
+def test_weights_are_updated_by_the_names_of_either(decoder_folder, tmp_path, prompts, of_decoder):
+    """Of the model with its head, and of the bare one."""
+    other = tiny.save_checkpoint(tmp_path, tiny.tiny_config("qwen3"), seed=7)
+    bare = {name.removeprefix("model."): tensor for name, tensor in other.items()}
+    del bare["lm_head.weight"]
+    with make(decoder_folder, is_embedding=True) as engine:
+        assert engine.update_weights(bare, weight_version="other").success
+        [changed] = engine.encode(prompts[:1])
+        assert changed["meta_info"]["weight_version"] == "other"
+        assert np.abs(changed["embedding"] - of_decoder[0]).max() > 1e-2
+        assert engine.update_weights_from_disk(str(decoder_folder)).success
+        np.testing.assert_allclose(vectors(engine.encode(prompts)), of_decoder, atol=1e-5)
+
+
 def test_in_bfloat16_embeddings_point_the_same_way(decoder_folder, prompts, of_decoder):
     with make(decoder_folder, is_embedding=True, dtype="bfloat16") as engine:
         cosines = (vectors(engine.encode(prompts)) * of_decoder).sum(axis=1)
@@ -273,6 +287,14 @@ def test_a_text_that_is_cut_keeps_its_end(encoder_folder):
         ids = word_tokenizer()(TEXTS[3], truncation=True, max_length=12)["input_ids"]
         assert ids[-1] == 3 and got["meta_info"]["prompt_tokens"] == 12
         np.testing.assert_allclose(vectors([got]), of_encoder(encoder_folder, [ids]), atol=1e-5)
+
+
+def test_linear_layers_are_updated_too(encoder, encoder_folder):
+    before = encoder.encode(TEXTS[0])["embedding"]
+    assert encoder.update_weights({"2_Dense.linear.bias": np.zeros(24, np.float32)}).success
+    assert np.abs(np.array(encoder.encode(TEXTS[0])["embedding"]) - before).max() > 1e-2
+    assert encoder.update_weights_from_disk(str(encoder_folder)).success
+    np.testing.assert_allclose(encoder.encode(TEXTS[0])["embedding"], before, atol=1e-6)
 
 
 def test_an_aborted_request_has_no_embedding(encoder):
