@@ -44,7 +44,7 @@ def scheduler_info(started: Started) -> dict[str, Any]:
     return {
         "status": "ready" if started.loop.is_alive else "stopped",
         "max_total_num_tokens": started.limits.pool_tokens,
-        "max_req_input_len": started.limits.max_tokens - 1,
+        "max_req_input_len": started.limits.max_prompt_tokens,
     }
 
 
@@ -55,8 +55,8 @@ def model_info(started: Started) -> dict[str, Any]:
         "model_path": args.model_path,
         "tokenizer_path": args.tokenizer_path or args.model_path,
         "served_model_name": args.served_model_name or args.model_path,
-        "architectures": [started.model_config.architecture],
-        "is_generation": True,
+        "architectures": [started.found.config.architecture],
+        "is_generation": started.found.embeddings is None,
         "has_image_understanding": False,
         "has_audio_understanding": False,
         "load_format": args.load_format,

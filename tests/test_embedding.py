@@ -118,6 +118,8 @@ def test_coroutines_embed_too(decoder, prompts, of_decoder):
 
 def test_a_prompt_may_fill_the_whole_context(decoder):
     assert decoder.encode([5] * 256)["meta_info"]["prompt_tokens"] == 256
+    assert decoder.get_server_info()["max_req_input_len"] == 256
+    assert not decoder.get_model_info()["is_generation"]
     with pytest.raises(ValueError, match="257 tokens do not fit the context of 256 tokens"):
         decoder.encode([5] * 257)
 
