@@ -263,7 +263,8 @@ class Engine(
 
     def _grammars(self, inputs: Inputs) -> list[Future]:
         """Of all grammars that a call needs; each is compiled once, beside the others."""
-        specs = {entry.sampling.grammar for entry in inputs.entries} - {None}
+        found = (entry.sampling.grammar for entry in inputs.entries)
+        specs = {spec for spec in found if spec is not None}
         return [self._started.grammars.compile(spec) for spec in specs]
 
     def _call(self, inputs: Inputs, stream: bool, session_params: Mapping[str, Any] | None) -> Call:
