@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import TINY, check_books
+from safetensors.numpy import load_file
 from test_logprobs import prompts_of
 from tiny import save_checkpoint, tiny_config
 
 from jaxengine import Engine
 from jaxengine.hidden_states import Gathered, HiddenStates, Launch, StateBooks
+from jaxengine.state_files import save_hidden_states
 
 L, D = 2, 64
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 10, "ignore_eos": True}
@@ -168,6 +170,34 @@ def test_together_with_log_probabilities(engine: Engine) -> None:
     for name in ("input_token_logprobs", "output_token_logprobs"):
         numbers = [[entry[0] for entry in info[name][1:]] for info in (both, told)]
         near(*numbers)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_files_of_many_prompts(engine: Engine, tmp_path: Path, stream: bool) -> None:
+    prompts = prompts_of([5, 9, 30, 2])
+    asked: dict[str, Any] = dict(
+        input_ids=prompts,
+        sampling_params=GREEDY | {"max_new_tokens": 2},
+        return_hidden_states=[{"layers": ["mlp_output.1", -1]}] * 3 + ["last"],
+    )
+    expected = [result["meta_info"]["hidden_states"] for result in engine.generate(**asked)]
+    results = engine.generate(**asked, stream=stream)
+    files = save_hidden_states(tmp_path / "states", results, shard_bytes=8000)
+    assert len(files) > 1
+    found = {name: array for file in files for name, array in load_file(file).items()}
+    assert len(found) == 3 * 3 + 1
+    for index, states in enumerate(expected[:3]):
+        np.testing.assert_array_equal(
+            found[f"{index}.positions"], np.arange(len(prompts[index]) + 1)
+        )
+        near(found[f"{index}.mlp_output.1"], states.array(("mlp_output", 1)))
+        near(found[f"{index}.final_norm"], states.array(("final_norm", None)))
+    near(found["3.last"], expected[3])
+    with pytest.raises(ValueError, match="holds hidden states already"):
+        save_hidden_states(tmp_path / "states", [])
+    with pytest.raises(ValueError, match="result 0 has no hidden states"):
+        plain = engine.generate(input_ids=prompts[:1], sampling_params=GREEDY)
+        save_hidden_states(tmp_path / "none", plain)
 
 
 @pytest.mark.parametrize(
