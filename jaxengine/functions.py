@@ -108,9 +108,12 @@ class Functions:
         known = {p for name in [*chosen, SAMPLER] for p in self.defaults.get(name, {})}
         for param in custom_params:
             if is_strict and param not in known:
+                way_out = f"expected some of {', '.join(sorted(known))}"
+                if not known:
+                    way_out = "choose one in logits_processors or interventions"
                 raise ValueError(
                     f"custom_params: none of the chosen functions has a parameter {param!r}; "
-                    f"expected some of {', '.join(sorted(known)) or 'none'}"
+                    + way_out
                 )
         self.pack(chosen, custom_params)
 
@@ -218,6 +221,9 @@ def registered(
     Raises:
         ValueError: a name that is taken, or something that is not callable.
     """
+    for field, given in (("logits_processors", processors), ("interventions", interventions)):
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(f"{field}: expected a dict of name to function, got {short(given)}")
     processors, interventions = dict(processors or {}), dict(interventions or {})
     twice = [name for name in processors if name in interventions] + [
         name

@@ -20,6 +20,9 @@ from jaxengine.arguments import (
 )
 from jaxengine.sglang_arguments import TABLE, judge, value_of
 
+FUNCTION_ARGUMENTS = ("logits_processors", "sampler", "interventions")
+"""What `Engine` takes beside these: functions, which no command line could name."""
+
 ALIASES = {  # later names of the same arguments
     "cuda_graph_max_bs_decode": "cuda_graph_max_bs",
     "cuda_graph_bs_decode": "cuda_graph_bs",
@@ -259,6 +262,7 @@ def _recognized(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         elif name in TABLE:
             judge(name, value)
         else:
-            close = difflib.get_close_matches(name, [*_FIELDS, *TABLE, *ALIASES], n=1)
+            known = [*_FIELDS, *TABLE, *ALIASES, *FUNCTION_ARGUMENTS]
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"{name!r} is not an argument of the engine{hint}")

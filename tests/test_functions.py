@@ -247,6 +247,9 @@ def test_mistakes_are_told_before_anything_is_compiled(tiny_checkpoint: Path) ->
         with pytest.raises(ValueError, match=match):
             Engine(model_path=str(tiny_checkpoint), **TINY, **registered)
 
+    refused("logits_processors: expected a dict of name", logits_processors=[after_last])
+    with pytest.raises(TypeError, match="did you mean 'logits_processors'"):
+        Engine(logit_processors={"x": after_last})  # type: ignore[arg-type]
     half = lambda logits, params, row: logits[: len(logits) // 2]
     refused(
         r"logits_processors\['half'\]: it returned float32\[2, 160\]",
