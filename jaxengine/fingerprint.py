@@ -20,8 +20,8 @@ from jaxengine.config import xla_settings
 from jaxengine.version import __version__
 
 TRACED = (
-    *("functions", "models", "pallas_kernels", "programs", "request_state", "sampling"),
-    "step_programs",
+    *("drawing", "function_params", "functions", "launch", "models", "pallas_kernels", "programs"),
+    *("request_state", "sampling", "step_programs"),
 )
 """The modules and packages of `jaxengine` whose code runs while a step is traced."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, PyTree
 
+from jaxengine.function_params import as_words, defaults_of, from_words, value_of
 from jaxengine.models.interface import Batch
 from jaxengine.models.taps import IN_LAYERS, Edit, Place
 from jaxengine.sampling.extensions import (
@@ -53,7 +54,7 @@ class Functions:
         samplers = {} if sampler is None else {SAMPLER: sampler}
         self.of_logits: dict[str, LogitsProcessor] = self.processors | samplers
         self._all: dict[str, Function] = {**self.of_logits, **self.interventions}
-        self.defaults = {name: _defaults(name, each) for name, each in self._all.items()}
+        self.defaults = {name: defaults_of(name, each) for name, each in self._all.items()}
 
     def __bool__(self) -> bool:
         return bool(self._all)
@@ -86,8 +87,8 @@ class Functions:
             for param, default in defaults.items():
                 value = default
                 if param in custom_params and (name in chosen or name == SAMPLER):
-                    value = _value(param, custom_params[param], default)
-                words.append(np.atleast_1d(_as_words(value)).ravel())
+                    value = value_of(param, custom_params[param], default)
+                words.append(np.atleast_1d(as_words(value)).ravel())
         return np.concatenate(words)
 
     def check(self, sampling: SamplingParams, *, is_strict: bool = True) -> None:
@@ -138,7 +139,7 @@ class Functions:
             params[name] = {}
             for param, default in defaults.items():
                 words = packed[:, start : start + default.size]
-                params[name][param] = _from_words(words, default.dtype, default.shape)
+                params[name][param] = from_words(words, default.dtype, default.shape)
                 start += default.size
         memory = {
             name: each.over_rows(each.init)(params[name])
@@ -213,9 +214,7 @@ def _made_where(
 NO_FUNCTIONS = Functions()
 
 
-def registered(
-    processors: Mapping[str, Any] | None, sampler: Any, interventions: Mapping[str, Any] | None
-) -> Functions:
+def registered(processors: Any, sampler: Any, interventions: Any) -> Functions:
     """Those given to an engine, of which plain functions have no parameters.
 
     Raises:
@@ -280,40 +279,3 @@ def _edit(
         return lax.cond(is_chosen.any(), run, lambda value: value, value)
 
     return edit
-
-
-def _defaults(name: str, each: Function) -> dict[str, np.ndarray]:
-    """The parameters as arrays of 32 bits, or of truth values."""
-    found = {}
-    for param, given in each.params.items():
-        value = np.asarray(given)
-        if value.dtype.kind not in "biuf":
-            raise ValueError(f"{name}: params[{param!r}]: expected numbers, got {given!r}")
-        found[param] = value.astype(KINDS[value.dtype.kind])
-    return found
-
-
-KINDS = {"b": np.bool_, "i": np.int32, "u": np.uint32, "f": np.float32}
-ACCEPTED = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # kinds of number that will do
-
-
-def _value(param: str, given: Any, default: np.ndarray) -> np.ndarray:
-    """What a request gives for a parameter, as the default's kind of number.
-
-    Raises:
-        ValueError: it has another shape, or is no such number.
-    """
-    value = np.asarray(given)
-    if value.shape != default.shape or value.dtype.kind not in ACCEPTED[default.dtype.kind]:
-        expected = f"{default.dtype} of shape {default.shape}"
-        raise ValueError(f"custom_params: {param}: expected {expected}, got {short(given)}")
-    return value.astype(default.dtype)
-
-
-def _as_words(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.int32) if value.dtype == np.bool_ else value.view(np.int32)
-
-
-def _from_words(words: Int32[Array, "I n"], dtype: np.dtype, shape: tuple[int, ...]) -> Array:
-    values = words != 0 if dtype == np.bool_ else lax.bitcast_convert_type(words, dtype)
-    return values.reshape(len(words), *shape)

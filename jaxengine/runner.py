@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxengine import programs
 from jaxengine.compiling import Bucket, thinned
 from jaxengine.hidden_states import Launch, WantedStates
+from jaxengine.launch import NUM_ROW_FIELDS, Outputs, RowInputs
 from jaxengine.logprobs import Told
 from jaxengine.profiling import launch_annotations
-from jaxengine.programs import Outputs, RowInputs
 from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState
 from jaxengine.sampling.masks import everything
@@ -248,11 +247,11 @@ class Runner:
     def _packed_rows(self, plan: StepPlan, num_rows: int, variant: Variant) -> np.ndarray:
         packed = self._padding_rows(num_rows, variant)
         fields = [row[1:] for row in plan.rows]  # all but the request
-        packed[: len(plan.rows), : programs.NUM_ROW_FIELDS] = fields
+        packed[: len(plan.rows), :NUM_ROW_FIELDS] = fields
         if variant.wanted is not None:
             for index, row in enumerate(plan.rows):
                 ids = row.request.logprobs.ids if row.request.logprobs else ()
-                packed[index, programs.NUM_ROW_FIELDS :][: len(ids)] = ids
+                packed[index, NUM_ROW_FIELDS:][: len(ids)] = ids
         return packed
 
     def _padding_rows(self, num_rows: int, variant: Variant) -> np.ndarray:

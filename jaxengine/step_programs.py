@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxengine import programs
+from jaxengine import drawing, programs
 from jaxengine.compiling import Bucket
 from jaxengine.executables import Executables
 from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.hidden_states import WantedStates
+from jaxengine.launch import NUM_ROW_FIELDS, Asked, Options, structure_of_made
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
@@ -50,7 +51,7 @@ class Variant(NamedTuple):
     @property
     def num_fields(self) -> int:
         """Of a packed row."""
-        return programs.NUM_ROW_FIELDS + (self.wanted.ids if self.wanted else 0)
+        return NUM_ROW_FIELDS + (self.wanted.ids if self.wanted else 0)
 
 
 class StepPrograms:
@@ -161,7 +162,7 @@ class StepPrograms:
         is_extend = self.device.platform == "gpu" and not bucket.num_steps
         options = EXTEND_OPTIONS if is_extend else None
         arguments = self.step_arguments(bucket, num_pages, variant)
-        made = programs.structure_of_made(*variant)
+        made = structure_of_made(*variant)
         results = arguments[1], arguments[2], *made
         return self._executables.through(
             ("step", bucket, variant, options, self._identity, arguments),
@@ -179,7 +180,7 @@ class StepPrograms:
         masks = jax.ShapeDtypeStruct((num_rows, num_words(V)), np.int32)
         both = logits, logits if variant.part == "choose" else masks
         arguments = *_split(self.state_shapes), rows, *self._placed(both)
-        made = programs.structure_of_made(*variant)
+        made = structure_of_made(*variant)
         results = made if variant.part == "adjust" else (arguments[0], *made)
         step = partial(self._draw, variant=variant)
         step.__name__ = f"{variant.part}_x{num_rows}"  # type: ignore[attr-defined]
@@ -254,16 +255,16 @@ class StepPrograms:
         rows, options = self._options(rows, variant)
         state = RequestState(*changing, settings=settings)
         if variant.part == "adjust":
-            return (programs.adjusted_logits(state, rows, logits, other),)
-        run = programs.choose if variant.part == "choose" else programs.draw
+            return (drawing.adjusted_logits(state, rows, logits, other),)
+        run = drawing.choose if variant.part == "choose" else drawing.draw
         state, told = run(state, rows, logits, other, options=options)
         return _split(state)[0], told
 
-    def _options(self, rows: jax.Array, variant: Variant) -> tuple[jax.Array, programs.Options]:
+    def _options(self, rows: jax.Array, variant: Variant) -> tuple[jax.Array, Options]:
         """The rows without what is asked about them, and all that a program is made for."""
-        rows, ids = rows[:, : programs.NUM_ROW_FIELDS], rows[:, programs.NUM_ROW_FIELDS :]
-        asked = variant.wanted and programs.Asked(variant.wanted, ids, self._has_raw_logprobs)
-        return rows, programs.Options(asked, variant.states, self.functions, self._kernels)
+        rows, ids = rows[:, :NUM_ROW_FIELDS], rows[:, NUM_ROW_FIELDS:]
+        asked = variant.wanted and Asked(variant.wanted, ids, self._has_raw_logprobs)
+        return rows, Options(asked, variant.states, self.functions, self._kernels)
 
     def _placed(self, shapes: Any) -> Any:
         sharding = jax.sharding.SingleDeviceSharding(self.device)

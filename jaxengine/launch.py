@@ -1,0 +1,91 @@
+"""A launch of the device as the programs see it: the rows it is given, what it is made for, and
+what the host reads of it."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Float32, Int
+
+from jaxengine.functions import NO_FUNCTIONS, Functions
+from jaxengine.hidden_states import WantedStates
+from jaxengine.logprobs import Told, Wanted
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+from jaxengine.request_state import RequestState, Settings
+
+NUM_ROW_FIELDS = 5
+
+
+class RowInputs(NamedTuple):
+    """The whole host input of a launch, `[B, NUM_ROW_FIELDS]` when packed; padding rows have
+    `query_lens` 0."""
+
+    slots: Int[Array, " B"]
+    starts: Int[Array, " B"]  # position of the first query token
+    query_lens: Int[Array, " B"]
+    new_pages: Int[Array, " B"]  # the next page that the row comes to need; 0 for none
+    num_draws: Int[Array, " B"]  # tokens to draw and to append; 0 inside of a prompt
+
+
+class States(NamedTuple):
+    """Hidden states at `n` places of the forward pass."""
+
+    last: Float[Array, "steps n B D"]  # of each row's last token
+    of_inputs: Float[Array, "n T D"] | None  # of all tokens
+
+
+class Outputs(NamedTuple):
+    """What the host reads of a launch."""
+
+    drawn: Int[Array, "steps B"]  # -1 where logits are not finite
+    of_drawn: Told | None = None  # of [steps B], where wanted
+    of_inputs: Told | None = None  # of [T]: at each token, of the one behind it
+    states: States | None = None
+    embeddings: Float32[Array, "B E"] | None = None
+
+
+class Asked(NamedTuple):
+    """What is wanted to know of distributions."""
+
+    wanted: Wanted  # static
+    ids: Int[Array, "B n"]  # tokens that each row asks about
+    is_raw: bool  # of drawn tokens: of the model's own logits, before any adjustment; static
+
+
+def structure_of_made(
+    part: str, wanted: Wanted | None, states: WantedStates | None
+) -> tuple[Any, ...]:
+    """What a step gives beside cache and state, with some leaf in place of each array."""
+    some: Any = 0
+    told = None if wanted is None else Told(some, some, some, some)
+    of_inputs = told if wanted is not None and wanted.of_inputs else None
+    seen = None if states is None else States(some, some if states.of_inputs else None)
+    if part == "adjust":
+        return (some,)
+    if part in ("draw", "choose"):
+        return (Outputs(some, told),)
+    if part == "read":
+        return some, Outputs(some, None, of_inputs, seen)
+    if part == "embed":
+        return (Outputs(some, None, None, seen, some),)
+    return (Outputs(some, told, of_inputs, seen),)
+
+
+class Options(NamedTuple):
+    """What a program is made for, beside its size."""
+
+    asked: Asked | None = None
+    states: WantedStates | None = None  # static
+    functions: Functions = NO_FUNCTIONS
+    kernels: Kernels = XLA
+
+
+PLAIN = Options()
+
+
+def unpacked(packed_rows: Int[Array, "B fields"]) -> RowInputs:
+    return RowInputs(*(packed_rows[:, field] for field in range(NUM_ROW_FIELDS)))
+
+
+def of_rows(state: RequestState, rows: RowInputs) -> tuple[Int[Array, "B P"], Settings]:
+    settings = jax.tree.map(lambda leaf: leaf[rows.slots], state.settings)
+    return state.page_table[rows.slots], settings
