@@ -10,7 +10,7 @@ from jaxengine import outputs
 from jaxengine.hidden_states import Launch
 from jaxengine.logprobs import Told
 from jaxengine.request import Request, Status
-from jaxengine.scheduler import Row, StepPlan
+from jaxengine.step_plan import Row, StepPlan
 
 NOT_FINITE = -1  # what a step draws from logits it cannot use
 NOT_FINITE_REASON = outputs.not_finite_reason()

@@ -18,7 +18,8 @@ from jaxengine.hidden_states import Gathered, Launch, WantedStates
 from jaxengine.logprobs import Told
 from jaxengine.pausing import FillMasks, finish_step
 from jaxengine.request import Request, Status
-from jaxengine.scheduler import Row, Scheduler, StepPlan
+from jaxengine.scheduler import Scheduler
+from jaxengine.step_plan import Row, StepPlan
 
 
 class StepRunner(Protocol):

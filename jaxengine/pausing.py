@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxengine.logit_processor import CustomLogitProcessor, RequestView, process
 from jaxengine.request import Request, Status
-from jaxengine.scheduler import Row, StepPlan
+from jaxengine.step_plan import Row, StepPlan
 
 Fail = Callable[[Request, str], None]  # ends a request, and says why
 FillMasks = Callable[[Sequence[Any], np.ndarray], None]  # of matchers, as `GrammarCompiler`'s

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import jax
 
-from jaxengine.scheduler import StepPlan
+from jaxengine.step_plan import StepPlan
 
 Annotation = jax.profiler.StepTraceAnnotation
 

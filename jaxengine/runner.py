@@ -21,7 +21,7 @@ from jaxengine.profiling import launch_annotations
 from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState
 from jaxengine.sampling.masks import everything
-from jaxengine.scheduler import StepPlan
+from jaxengine.step_plan import StepPlan
 from jaxengine.step_programs import INSTALL, StepPrograms, Variant
 
 logger = logging.getLogger("jaxengine")

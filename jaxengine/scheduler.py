@@ -11,13 +11,12 @@ by rows of the very step that writes them: a layer writes the K and V of all row
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxengine.hidden_states import WantedStates, merged_states
-from jaxengine.logprobs import Wanted, merged
 from jaxengine.pages import PagePool
 from jaxengine.prefix_tree import Node, PrefixTree
 from jaxengine.request import Request, Status
+from jaxengine.step_plan import Row, StepPlan, states_of, wanted_of
 from jaxengine.waiting import WaitingQueue
 
 # Share of the output it is allowed that a request is expected to need: where the guess begins, how
@@ -26,30 +25,6 @@ GROWTH_START, GROWTH_DECAY, GROWTH_FLOOR, GROWTH_RAISE = 0.7, 0.998, 0.1, 0.1
 GROWTH_MAX_TOKENS = 4096
 
 ADMISSION_GROUPS = 16  # a long queue is admitted by so many parts of the slots
-
-
-class Row(NamedTuple):
-    """`query_len` tokens of a request, from position `start`."""
-
-    request: Request
-    slot: int
-    start: int
-    query_len: int
-    new_page: int  # the one page that the row comes to need and that is not in its table, or 0
-    num_draws: int  # 0 where the next token is known; beyond 1 the row goes on from what it drew
-
-
-class StepPlan(NamedTuple):
-    """What one launch of the device does."""
-
-    rows: tuple[Row, ...]
-    admitted: tuple[Request, ...]  # to be installed on the device before the step
-    retracted: tuple[tuple[Request, int], ...]  # and the slots that they had until now
-    num_tokens: int
-    num_steps: int  # of decoding, one token a row each; 0 if some row reads several at once
-    wanted: Wanted | None = None  # to know of distributions
-    states: WantedStates | None = None  # hidden ones
-    pauses: bool = False  # between the model and the draw, for the host to have its say
 
 
 class Scheduler:
@@ -174,8 +149,8 @@ class Scheduler:
             self._take_retracted(),
             num_tokens,
             num_steps,
-            wanted=_wanted(rows),
-            states=_states(rows),
+            wanted=wanted_of(rows),
+            states=states_of(rows),
             pauses=any(row.request.pauses and row.num_draws for row in rows),
         )
 
@@ -386,21 +361,3 @@ class Scheduler:
             has_enough = len(request.pages) >= self._num_pages(request.num_computed)
             if request.pages[: len(shared)] != shared or not has_enough:
                 raise RuntimeError(f"pages of request {request.rid} corrupt: {request.pages}")
-
-
-def _wanted(rows: Sequence[Row]) -> Wanted | None:
-    """What the launch has to tell of distributions, all rows together."""
-    return merged(
-        (asked, asked.tells_inputs(start, start + query_len, len(request.prompt_ids)))
-        for request, _, start, query_len, *_ in rows
-        if (asked := request.logprobs) is not None
-    )
-
-
-def _states(rows: Sequence[Row]) -> WantedStates | None:
-    """The same of hidden states."""
-    return merged_states(
-        (asked, asked.tells_inputs(start, start + query_len))
-        for request, _, start, query_len, *_ in rows
-        if (asked := request.states) is not None
-    )

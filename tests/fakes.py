@@ -12,7 +12,7 @@ from typing import Any
 from jaxengine.hidden_states import Launch, WantedStates
 from jaxengine.request import Request
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.scheduler import Row, StepPlan
+from jaxengine.step_plan import Row, StepPlan
 
 VOCAB = 3  # so few that outputs meet prompts, and prefixes each other
 NOTHING = -1  # what an offset of a page holds before it is written

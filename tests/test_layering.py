@@ -23,6 +23,7 @@ HOST_ONLY = (
     "sampling_params",
     "sampling_values",
     "scheduler",
+    "step_plan",
     "server_args",
     "sessions",
     "sglang_arguments",

@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxengine.request import Request, Status
-from jaxengine.scheduler import Row, Scheduler, StepPlan
+from jaxengine.scheduler import Scheduler
+from jaxengine.step_plan import Row, StepPlan
 
 ABORTED = {"type": "abort"}
 ENDED = {"type": "length"}

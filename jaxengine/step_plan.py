@@ -1,0 +1,50 @@
+"""What one launch of the device does. Host only: no arrays."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxengine.hidden_states import WantedStates, merged_states
+from jaxengine.logprobs import Wanted, merged
+from jaxengine.request import Request
+
+
+class Row(NamedTuple):
+    """`query_len` tokens of a request, from position `start`."""
+
+    request: Request
+    slot: int
+    start: int
+    query_len: int
+    new_page: int  # the one page that the row comes to need and that is not in its table, or 0
+    num_draws: int  # 0 where the next token is known; beyond 1 the row goes on from what it drew
+
+
+class StepPlan(NamedTuple):
+    """What one launch of the device does."""
+
+    rows: tuple[Row, ...]
+    admitted: tuple[Request, ...]  # to be installed on the device before the step
+    retracted: tuple[tuple[Request, int], ...]  # and the slots that they had until now
+    num_tokens: int
+    num_steps: int  # of decoding, one token a row each; 0 if some row reads several at once
+    wanted: Wanted | None = None  # to know of distributions
+    states: WantedStates | None = None  # hidden ones
+    pauses: bool = False  # between the model and the draw, for the host to have its say
+
+
+def wanted_of(rows: Sequence[Row]) -> Wanted | None:
+    """What the launch has to tell of distributions, all rows together."""
+    return merged(
+        (asked, asked.tells_inputs(start, start + query_len, len(request.prompt_ids)))
+        for request, _, start, query_len, *_ in rows
+        if (asked := request.logprobs) is not None
+    )
+
+
+def states_of(rows: Sequence[Row]) -> WantedStates | None:
+    """The same of hidden states."""
+    return merged_states(
+        (asked, asked.tells_inputs(start, start + query_len))
+        for request, _, start, query_len, *_ in rows
+        if (asked := request.states) is not None
+    )
