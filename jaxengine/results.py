@@ -108,8 +108,9 @@ class Writer:
         if self._detokenizer is None:
             return progress.stop_text
         is_kept = self._request.sampling.no_stop_trim
-        if output_ids and output_ids[-1] not in self._request.stop_token_ids:
-            is_kept = True  # it is the last of a completion that a grammar has ended
+        if self._request.matcher is not None and output_ids:
+            # The last token may be one by which a grammar is complete.
+            is_kept |= output_ids[-1] not in self._request.stop_token_ids
         spoken = outputs.spoken_ids(output_ids, progress.finish_reason, no_stop_trim=is_kept)
         self._detokenizer.add(spoken[self._num_fed :])
         self._num_fed = len(spoken)

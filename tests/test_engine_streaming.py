@@ -217,7 +217,7 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (dict(prompt=["a", "b"], sampling_params=[{}, {"n": 2}]), ValueError, "^n: "),
     (dict(prompt=["a"] * 2, sampling_params=[{}, {"top_k": 0}]), ValueError, "^prompt 1: top_k: "),
     (dict(prompt="a", rid=5), ValueError, "^rid: "),
-    (dict(prompt="a", return_hidden_states=True), ValueError, "^return_hidden.* leave it out"),
+    (dict(prompt="a", return_routed_experts=True), ValueError, "^return_routed.* leave it out"),
     (dict(prompt="a", image_data="x.png"), ValueError, "^image_data: .* leave it out"),
     (dict(prompt="a", temperature=0), TypeError, r"sampling_params=\{'temperature'"),
 ]  # fmt: skip
