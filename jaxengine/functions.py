@@ -60,10 +60,6 @@ class Functions:
         return bool(self._all)
 
     @property
-    def has_memory(self) -> bool:
-        return any(each.init is not None for each in self.of_logits.values())
-
-    @property
     def num_fields(self) -> int:
         """Length of a packed row."""
         return len(self.pack((), {}))
