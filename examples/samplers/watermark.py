@@ -17,12 +17,11 @@ Appleby's, of MurmurHash3: who does not know the key sees no pattern, but it is 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
-from numpy.typing import ArrayLike
 
 from jaxengine.sampling.extensions import LogitsProcessor, Row
 
@@ -57,10 +56,10 @@ def detect(tokens: Sequence[int], *, key: int = KEY, gamma: float = GAMMA) -> De
 
 
 def is_green(
-    previous: Int[ArrayLike, "*n"],
-    ids: Int[ArrayLike, "*n"],
-    key: UInt32[ArrayLike, ""],
-    gamma: Float[ArrayLike, ""],
+    previous: Int[Any, "*n"],
+    ids: Int[Any, "*n"],
+    key: UInt32[Any, ""],
+    gamma: Float[Any, ""],
 ) -> Bool[Array, "*n"]:
     """Whether `ids` are on the green list of the token before them."""
     seed = mixed(mixed(jnp.uint32(key)) ^ jnp.asarray(previous).astype(jnp.uint32))
