@@ -4,17 +4,24 @@ kernel may not have are refused there, though nothing is run. And many programs 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+
+
+def as_on_a_gpu() -> AbstractContextManager:
+    """Where what is lowered, or traced with kernels that are lowered apart, is for a GPU."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def lower_for_cuda(
     function: Callable[..., Any], *args: Any, donate: Any = (), **kwargs: Any
 ) -> Any:
     """What `jax.jit(function)` lowers to, of arguments given as arrays or shapes."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with as_on_a_gpu():
         traced = jax.jit(function, donate_argnums=donate).trace(*args, **kwargs)
         return traced.lower(lowering_platforms=("cuda",))
 

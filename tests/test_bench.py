@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from cuda import as_on_a_gpu
 
 from jaxengine import cli
 from jaxengine.bench import (
@@ -643,7 +644,8 @@ def test_the_variants_of_a_kernel_compute_the_same_from_the_same(name: str) -> N
     for case in found[:: max(1, len(found) // 4)]:
         assert next(iter(case.variants)) == "kernel" and len(case.variants) > 1
         args = jax.eval_shape(case.make, jax.random.key(0))
-        results = [jax.eval_shape(function, *args) for function in case.variants.values()]
+        with as_on_a_gpu():
+            results = [jax.eval_shape(function, *args) for function in case.variants.values()]
         assert all(result == results[0] for result in results)
         assert len(kernels.line(next(_timings(case)))) <= 100
         if case.in_place is not None:  # most of it is left alone
