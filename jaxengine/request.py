@@ -100,6 +100,12 @@ class Request:
         return self.matcher is not None or self.processor is not None
 
     @property
+    def asks_more(self) -> bool:
+        """Whether its steps do more than draw tokens. All in one, as every row of every step is
+        asked."""
+        return not (self.logprobs is self.states is self.matcher is self.processor is None)
+
+    @property
     def shares_prefix(self) -> bool:
         """Whether its K and V are those of every request with the same tokens."""
         return not self.sampling.interventions

@@ -143,28 +143,27 @@ class Scheduler:
         self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY**num_steps)
         num_tokens = sum(row.query_len for row in rows)
         num_steps = num_steps if num_tokens == len(rows) else 0
+        asking = [row for row in rows if row.request.asks_more]
         return StepPlan(
             tuple(rows),
             tuple(admitted),
             self._take_retracted(),
             num_tokens,
             num_steps,
-            wanted=wanted_of(rows),
-            states=states_of(rows),
-            pauses=any(row.request.pauses and row.num_draws for row in rows),
+            wanted=wanted_of(asking),
+            states=states_of(asking),
+            pauses=any(row.num_draws and row.request.pauses for row in asking),
         )
 
     def _num_steps(self, decoding: Sequence[Request]) -> int:
         """Steps to decode in one launch: several if all there is to do is decoding, nobody waits
-        for each token, and every row could have a page."""
+        for each token or has a say in it, and every row could have a page."""
         has_candidates = self.num_waiting > 0 and not self._holds_back
         has_many = len(decoding) > min(self._max_decode_rows, self._num_available)
         if has_candidates or has_many or not decoding:
             return 1
-        if any(request.pauses for request in decoding):
-            return 1
         longest = max(request.num_to_compute - request.num_computed for request in decoding)
-        at_once = min(request.stream_interval or longest for request in decoding)
+        at_once = min(1 if r.pauses else r.stream_interval or longest for r in decoding)
         return self._decode_steps if min(longest, at_once) >= self._decode_steps else 1
 
     def _decode(self, rows: list[Row], requests: Sequence[Request], num_steps: int) -> None:
