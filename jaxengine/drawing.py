@@ -116,8 +116,8 @@ def _seen(
 
 def nothing_told(
     num_steps: int, num_rows: int, options: Options
-) -> tuple[Int[Array, "steps B"], Told | None, None]:
-    """What `_choose` tells, in place of each step's."""
+) -> tuple[Int[Array, "steps B"], Told | None]:
+    """In place of what `choose_tokens` tells of each step."""
     drawn = jnp.zeros((num_steps, num_rows), jnp.int32)
     of_drawn = None
     if options.asked is not None:
@@ -128,4 +128,4 @@ def nothing_told(
             top_ids=jnp.zeros((*drawn.shape, wanted.top), jnp.int32),
             of_ids=jnp.zeros((*drawn.shape, ids.shape[1])),
         )
-    return drawn, of_drawn, None
+    return drawn, of_drawn

@@ -22,8 +22,8 @@ from jaxengine.engine_profiling import ProfilingMethods
 from jaxengine.engine_scoring import ScoringMethods
 from jaxengine.engine_sessions import SessionCall, SessionMethods
 from jaxengine.engine_weights import WeightMethods
-from jaxengine.functions import registered
-from jaxengine.inputs import Entry, Inputs, normalise, refuse_unavailable
+from jaxengine.function_checks import registered
+from jaxengine.inputs import Entry, Inputs, normalise
 from jaxengine.logprob_inputs import LogprobOptions
 from jaxengine.loop import Loop
 from jaxengine.request import Request
@@ -34,6 +34,7 @@ from jaxengine.server_args import ServerArgs
 from jaxengine.sessions import Origin, Sessions
 from jaxengine.startup import start
 from jaxengine.tokenizer import encode
+from jaxengine.unavailable import refuse_unavailable
 
 Sampling = Mapping[str, Any] | SamplingParams
 

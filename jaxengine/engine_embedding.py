@@ -11,12 +11,13 @@ from typing import Any
 from jaxengine.admission import Limits, make_request
 from jaxengine.delivery import Call, wait, wait_async
 from jaxengine.embedding_inputs import AVAILABLE, check_dimensions, pairs_of, texts_or_ids
-from jaxengine.inputs import Entry, refuse_unavailable
+from jaxengine.inputs import Entry
 from jaxengine.loop import Loop
 from jaxengine.pooling import Embeddings
 from jaxengine.results import EmbeddingWriter
 from jaxengine.startup import Started
 from jaxengine.tokenizer import encode_all
+from jaxengine.unavailable import refuse_unavailable
 
 
 class EmbeddingMethods:

@@ -1,4 +1,5 @@
-"""Registered functions, evaluated on shapes alone before anything is compiled."""
+"""What is given to an engine as functions, checked: as declarations, and on shapes alone before
+anything is compiled."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,54 @@ import numpy as np
 from jaxengine.functions import SAMPLER, Functions
 from jaxengine.models.taps import IN_LAYERS, OF_MODEL
 from jaxengine.sampling import empty_state
-from jaxengine.sampling.extensions import Intervention, LogitsProcessor, Row, Token
+from jaxengine.sampling.extensions import (
+    Function,
+    Intervention,
+    LogitsProcessor,
+    Row,
+    Sampler,
+    Token,
+)
 
 ROWS, TOKENS = 2, 64  # of the trial
+
+
+def registered(processors: Any, sampler: Any, interventions: Any) -> Functions:
+    """Those given to an engine, of which plain functions have no parameters.
+
+    Raises:
+        ValueError: a name that is taken, or something that is not callable.
+    """
+    for field, given in (("logits_processors", processors), ("interventions", interventions)):
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(f"{field}: expected a dict of name to function, got {short(given)}")
+    processors, interventions = dict(processors or {}), dict(interventions or {})
+    twice = [name for name in processors if name in interventions] + [
+        name
+        for name in (*processors, *interventions)
+        if name == SAMPLER or not isinstance(name, str)
+    ]
+    if twice:
+        raise ValueError(f"logits_processors, interventions: the name {twice[0]!r} is taken")
+    return Functions(
+        {
+            name: _declared(f"logits_processors[{name!r}]", each, LogitsProcessor)
+            for name, each in processors.items()
+        },
+        None if sampler is None else _declared("sampler", sampler, Sampler),
+        {
+            name: _declared(f"interventions[{name!r}]", each, Intervention)
+            for name, each in interventions.items()
+        },
+    )
+
+
+def _declared(where: str, given: Any, kind: type[Any]) -> Any:
+    if type(given) is kind:
+        return given
+    if isinstance(given, Function) or not callable(given):
+        raise ValueError(f"{where}: expected a {kind.__name__} or a function, got {given!r}")
+    return kind(function=given)
 
 
 def validate(functions: Functions, vocab_size: int, hidden_size: int, num_layers: int) -> None:

@@ -6,7 +6,6 @@ own choice have made of it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import jax
@@ -66,10 +65,8 @@ class Functions:
 
     # What the device remembers
 
-    def empty(self, num_slots: int) -> tuple[PyTree, Choices | tuple[()]]:
+    def empty(self, num_slots: int) -> tuple[PyTree, Choices]:
         """The memory of every slot, and its choices: none."""
-        if not self:
-            return (), ()
         return self._unpack(jnp.asarray(np.tile(self.pack((), {}), (num_slots, 1))))
 
     def pack(self, chosen: Collection[str], custom_params: Mapping[str, Any]) -> Int32[Any, " W"]:
@@ -117,13 +114,11 @@ class Functions:
     def install(
         self,
         memory: PyTree,
-        choices: Choices | tuple[()],
+        choices: Choices,
         slots: Int[Array, " I"],
         packed: Int32[Array, "I W"],
-    ) -> tuple[PyTree, Choices | tuple[()]]:
+    ) -> tuple[PyTree, Choices]:
         """Memory and choices with those of packed rows in `slots`."""
-        if not self:
-            return memory, choices
         put = lambda all_rows, rows: all_rows.at[slots].set(rows, mode="drop")
         return jax.tree.map(put, (memory, choices), self._unpack(packed))
 
@@ -147,26 +142,25 @@ class Functions:
     # Their part of a step
 
     def edits(
-        self, batch: Batch, choices: Choices | tuple[()], num_layers: int
+        self, batch: Batch, choices: Choices, num_layers: int
     ) -> list[tuple[Collection[Place], Edit]]:
         """What the interventions do to the activations of a batch."""
         return [
             (places_of(each, num_layers), _edit(each, name, batch, choices))
             for name, each in self.interventions.items()
-            if isinstance(choices, Choices)
         ]
 
     def choose(
         self,
         logits: Float32[Array, "B V"],
         see: Callable[[], Row],
-        choices: Choices | tuple[()],
+        choices: Choices,
         memory: PyTree,
         draw: Callable[[Float32[Array, "B V"]], Int32[Array, " B"]],
     ) -> tuple[Float32[Array, "B V"], Int32[Array, " B"], PyTree]:
         """The logits processed, a token of each row, drawn with `draw` unless there is a sampler,
         and what is to be remembered of the rows."""
-        if not isinstance(choices, Choices):
+        if not self.of_logits:  # nor is it traced what they would see
             return logits, draw(logits), memory
         rows, memory = see(), dict(memory)
         for name, each in self.processors.items():
@@ -208,44 +202,6 @@ def _made_where(
 
 
 NO_FUNCTIONS = Functions()
-
-
-def registered(processors: Any, sampler: Any, interventions: Any) -> Functions:
-    """Those given to an engine, of which plain functions have no parameters.
-
-    Raises:
-        ValueError: a name that is taken, or something that is not callable.
-    """
-    for field, given in (("logits_processors", processors), ("interventions", interventions)):
-        if given is not None and not isinstance(given, Mapping):
-            raise ValueError(f"{field}: expected a dict of name to function, got {short(given)}")
-    processors, interventions = dict(processors or {}), dict(interventions or {})
-    twice = [name for name in processors if name in interventions] + [
-        name
-        for name in (*processors, *interventions)
-        if name == SAMPLER or not isinstance(name, str)
-    ]
-    if twice:
-        raise ValueError(f"logits_processors, interventions: the name {twice[0]!r} is taken")
-    return Functions(
-        {
-            name: _declared(f"logits_processors[{name!r}]", each, LogitsProcessor)
-            for name, each in processors.items()
-        },
-        None if sampler is None else _declared("sampler", sampler, Sampler),
-        {
-            name: _declared(f"interventions[{name!r}]", each, Intervention)
-            for name, each in interventions.items()
-        },
-    )
-
-
-def _declared(where: str, given: Any, kind: type[Any]) -> Any:
-    if type(given) is kind:
-        return given
-    if isinstance(given, Function) or not callable(given):
-        raise ValueError(f"{where}: expected a {kind.__name__} or a function, got {given!r}")
-    return kind(function=given)
 
 
 def places_of(intervention: Intervention, num_layers: int) -> frozenset[Place]:

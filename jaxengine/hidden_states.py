@@ -8,6 +8,7 @@ the last token.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,26 +110,22 @@ class StateBooks:
             self.parts.append(part)
             self.num_known = part.end
 
-    def array(self, place: PlaceName, num_read: int) -> tuple[np.ndarray, np.ndarray]:
-        """The positions asked for among the first `num_read`, and their states, `[positions, D]`
-        float32."""
-        asked = self._among(num_read)
-        found: list[np.ndarray] = []
-        for part in self.parts:
-            while asked_here := [p for p in asked if part.start <= p < part.end]:
-                found.append(part.of(place, asked_here))
-                asked = [p for p in asked if p >= part.end]
-        positions = self._among(num_read)
-        return np.asarray(positions), np.concatenate(found) if found else np.zeros(
-            (0, 0), np.float32
-        )
-
-    def _among(self, num_read: int) -> list[int]:
+    def asked(self, num_read: int) -> list[int]:
+        """The positions asked for among the first `num_read`."""
         if self.only_last:
             return [num_read - 1]
         if self.positions is None:
             return list(range(num_read))
         return [position for position in self.positions if position < num_read]
+
+    def array(self, place: PlaceName, num_read: int) -> np.ndarray:
+        """Their states, `[positions, D]` float32."""
+        left, found = self.asked(num_read), [np.zeros((0, 0), np.float32)]
+        for part in self.parts:  # in order; what was read twice is taken once
+            if here := [position for position in left if part.start <= position < part.end]:
+                found.append(part.of(place, here))
+                left = [position for position in left if position >= part.end]
+        return np.concatenate(found[1:] or found)
 
     def _next(self, start: int, end: int) -> int:
         """The first position asked for from `start` on; `end` if there is none before it."""
@@ -149,27 +146,33 @@ class HiddenStates(Sequence):
     """States of one finished request, as NumPy arrays of float32, made when they are looked at.
 
     As a sequence, for the first of the places asked for, it is what SGLang gives: a matrix
-    `[prompt tokens, D]`, then a vector `[D]` for each further forward pass.
+    `[prompt tokens, D]`, then a vector `[D]` for each further forward pass; of the positions asked
+    for.
     """
 
     def __init__(self, books: StateBooks, prompt_len: int, num_outputs: int):
         self._books = books
         self._prompt_len = prompt_len
         self._num_passes = max(1, num_outputs)
+        self._num_read = prompt_len + self._num_passes - 1
+        self._arrays: dict[PlaceName, np.ndarray] = {}
 
     @property
     def places(self) -> tuple[PlaceName, ...]:
         """The points, and the layers they are of, that `array` has states of."""
         return self._books.places
 
-    @property
+    @cached_property
     def positions(self) -> np.ndarray:
         """Of the rows of `array`: places in the sequence of prompt and output, from 0."""
-        return self._books.array(self.places[0], self._num_read)[0]
+        return np.asarray(self._books.asked(self._num_read))
 
     def array(self, place: PlaceName | None = None) -> np.ndarray:
         """`[positions, D]` of one place, by default the first."""
-        return self._books.array(place or self.places[0], self._num_read)[1]
+        place = place or self.places[0]
+        if place not in self._arrays:
+            self._arrays[place] = self._books.array(place, self._num_read)
+        return self._arrays[place]
 
     def __len__(self) -> int:
         return self._num_passes
@@ -179,13 +182,12 @@ class HiddenStates(Sequence):
             return [self[each] for each in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"of {len(self)} forward passes there is none with the number {index}")
-        index %= len(self)
-        array = self.array()
-        return array[: self._prompt_len] if index == 0 else array[self._prompt_len - 1 + index]
+        if index % len(self) == 0:
+            return self.array()[self.positions < self._prompt_len]
+        position = self._prompt_len - 1 + index % len(self)
+        if position not in self.positions:
+            raise IndexError(f"the state of position {position} was not asked for")
+        return self.array()[np.searchsorted(self.positions, position)]
 
     def __repr__(self) -> str:
         return f"HiddenStates({len(self)} passes, places {self.places})"
-
-    @property
-    def _num_read(self) -> int:
-        return self._prompt_len + self._num_passes - 1

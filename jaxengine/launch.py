@@ -1,7 +1,7 @@
 """A launch of the device as the programs see it: the rows it is given, what it is made for, and
 what the host reads of it."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Float32, Int
@@ -51,23 +51,37 @@ class Asked(NamedTuple):
     is_raw: bool  # of drawn tokens: of the model's own logits, before any adjustment; static
 
 
-def structure_of_made(
-    part: str, wanted: Wanted | None, states: WantedStates | None
-) -> tuple[Any, ...]:
-    """What a step gives beside cache and state, with some leaf in place of each array."""
-    some: Any = 0
-    told = None if wanted is None else Told(some, some, some, some)
-    of_inputs = told if wanted is not None and wanted.of_inputs else None
-    seen = None if states is None else States(some, some if states.of_inputs else None)
-    if part == "adjust":
-        return (some,)
-    if part in ("draw", "choose"):
-        return (Outputs(some, told),)
-    if part == "read":
-        return some, Outputs(some, None, of_inputs, seen)
-    if part == "embed":
-        return (Outputs(some, None, None, seen, some),)
-    return (Outputs(some, told, of_inputs, seen),)
+class Variant(NamedTuple):
+    """Which program for a launch size: a whole step, the part of one before the host's say on what
+    may be drawn or the part behind it, itself in two where the host has its say on logits, or one
+    that embeds; and what it tells."""
+
+    part: Literal["whole", "read", "draw", "adjust", "choose", "embed"] = "whole"
+    wanted: Wanted | None = None
+    states: WantedStates | None = None
+
+    @property
+    def num_fields(self) -> int:
+        """Of a packed row."""
+        return NUM_ROW_FIELDS + (self.wanted.ids if self.wanted else 0)
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What it gives beside cache and state, with some leaf in place of each array."""
+        some: Any = 0
+        told = None if self.wanted is None else Told(some, some, some, some)
+        of_inputs = told if self.wanted is not None and self.wanted.of_inputs else None
+        seen = self.states and States(some, some if self.states.of_inputs else None)
+        match self.part:
+            case "adjust":
+                return (some,)
+            case "draw" | "choose":
+                return (Outputs(some, told),)
+            case "read":
+                return some, Outputs(some, None, of_inputs, seen)
+            case "embed":
+                return (Outputs(some, embeddings=some),)
+        return (Outputs(some, told, of_inputs, seen),)
 
 
 class Options(NamedTuple):

@@ -6,6 +6,7 @@ function (`jaxengine.LogitsProcessor`) costs next to nothing instead.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, NoReturn
 
 import numpy as np
@@ -38,6 +39,21 @@ class CustomLogitProcessor(ABC):
             "to_str: a string would have to be code to be run, and no code is taken from strings; "
             f"pass an object, custom_logit_processor={cls.__name__}()"
         )
+
+
+def processors_of(given: Any, count: int) -> list[CustomLogitProcessor | None]:
+    """For each of `count` prompts, of one for all or a list of one each."""
+    processors = list(given) if isinstance(given, list | tuple) else [given] * count
+    for each in processors:
+        if each is not None and not isinstance(each, CustomLogitProcessor):
+            raise ValueError(
+                f"custom_logit_processor: expected a CustomLogitProcessor, got {short(each)}; no "
+                "code is taken from strings, and registered functions are chosen by "
+                "sampling_params={'logits_processors': ...}"
+            )
+    if len(processors) != count:
+        raise ValueError(f"custom_logit_processor: expected one, or {count}, got {len(processors)}")
+    return processors
 
 
 def process(

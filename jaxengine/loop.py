@@ -45,7 +45,6 @@ class Loop:
         runner: StepRunner,
         *,
         overlaps: bool = True,
-        embeds: bool = False,
         max_queued_requests: int | None = None,
         weight_version: str = "default",
         fill_masks: FillMasks | None = None,
@@ -64,7 +63,6 @@ class Loop:
         self.throughput = 0.0  # output tokens per second, over the last second of steps
         self._overlaps = overlaps
         self._fill_masks = fill_masks
-        self._embeds = embeds
         self._max_queued_requests = max_queued_requests
         self._on_start = on_start
         self._on_end = on_end
@@ -186,7 +184,7 @@ class Loop:
         if plan.states is not None:
             self._states.add(launch := self.runner.collect_states(submitted, plan.states))
             book_states(plan, launch)
-        embeddings = self.runner.collect_embeddings(submitted) if self._embeds else None
+        embeddings = self.runner.collect_embeddings(submitted)
         first = 0  # the row's first token among those that were read
         for index, (row, tokens) in enumerate(zip(plan.rows, drawn, strict=False)):  # then padding
             if told is not None and row.request.status is not Status.FINISHED:

@@ -23,7 +23,7 @@ def finish_step(
     """Draws the tokens of a paused plan; what `collect` takes."""
     if all(row.request.status is Status.FINISHED for row in plan.rows):
         return paused.told  # nobody waits for them, and the buffers may be gone
-    masks = runner.everything(len(plan.rows))
+    masks = runner.everything(paused)
     drawing = [row.request if _draws(row) else None for row in plan.rows]
     if fill_masks is not None:
         _fill(masks, drawing, fill_masks, fail)
@@ -48,7 +48,7 @@ def _fill(
     matchers = [None if each is None else each.matcher for each in drawing]
     if not any(matchers):
         return
-    fill_masks(matchers, masks)
+    fill_masks(matchers, masks[: len(matchers)])
     for index, (request, matcher) in enumerate(zip(drawing, matchers, strict=True)):
         if request is not None and matcher is not None and matcher.error:
             masks[index] = -1

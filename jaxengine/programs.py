@@ -26,7 +26,7 @@ from jaxengine.launch import (
 )
 from jaxengine.logprobs import Told
 from jaxengine.models.embedder import EmbeddingModel
-from jaxengine.models.interface import Batch, KVCache, Model, rows_of
+from jaxengine.models.interface import Batch, KVCache, Model, last_tokens, rows_of
 from jaxengine.models.taps import Place, Taps
 from jaxengine.request_state import RequestState, Settings
 from jaxengine.sampling import SamplingState, adjust, logprobs_by_blocks
@@ -70,7 +70,7 @@ def read(
     hidden, cache, states = _pass(model, batch, cache, settings, options)
     of_inputs = _tell_inputs(model, hidden, state.tokens, rows, batch, options.asked)
     if batch.query_starts is not None:
-        hidden = hidden[jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
+        hidden = hidden[last_tokens(batch)]
     with jax.named_scope("logits"):
         logits = model.logits(hidden)
     nothing_drawn = jnp.zeros((0, len(rows.slots)), jnp.int32)
@@ -91,12 +91,11 @@ def embed(
     rows, state = _begin(cache, state, packed_rows)
     page_table, settings = of_rows(state, rows)
     batch = _ragged_batch(state.tokens, page_table, settings.sampling, rows, num_tokens)
-    hidden, cache, states = _pass(model, batch, cache, settings, options)
-    states = states and states._replace(last=states.last[None])
-    nothing_drawn = jnp.zeros((0, len(rows.slots)), jnp.int32)
+    hidden, cache, _ = _pass(model, batch, cache, settings, options)
     with jax.named_scope("embed"):
         embeddings = model.embedder(model, hidden, batch)
-    return cache, state, Outputs(nothing_drawn, None, None, states, embeddings)
+    nothing_drawn = jnp.zeros((0, len(rows.slots)), jnp.int32)
+    return cache, state, Outputs(nothing_drawn, embeddings=embeddings)
 
 
 def decode(
@@ -135,16 +134,35 @@ def decode(
         return cache, now.tokens, now.memory, told
 
     nothing = nothing_told(num_steps, len(packed_rows), options)
-    if options.states is not None:
-        is_active = rows.query_lens > 0
-        batch = _decode_batch(state.tokens, page_table, settings.sampling, rows, is_active, 0)
-        shapes = jax.eval_shape(lambda: _pass(model, batch, cache, settings, options)[2])
-        nothing = (*nothing[:2], jnp.zeros((num_steps, *shapes.last.shape), shapes.last.dtype))
-    carry = cache, state.tokens, state.memory, nothing
+    unseen = _unseen(num_steps, model, cache, page_table, settings, rows, options)
+    carry = cache, state.tokens, state.memory, (*nothing, unseen)
     carry = advance(0, carry) if num_steps == 1 else lax.fori_loop(0, num_steps, advance, carry)
     cache, tokens, memory, (drawn, of_drawn, states) = carry
     told = Outputs(drawn, of_drawn, None, None if states is None else States(states, None))
     return cache, state._replace(tokens=tokens, memory=memory), told
+
+
+def _unseen(
+    num_steps: int,
+    model: Model,
+    cache: KVCache,
+    page_table: Int[Array, "B P"],
+    settings: Settings,
+    rows: RowInputs,
+    options: Options,
+) -> Float[Array, "steps n B D"] | None:
+    """In place of the hidden states of each step."""
+    if options.states is None:
+        return None
+    B, nobody = len(rows.slots), rows.query_lens < 0
+    tokens = jnp.zeros((B + 1, 1), jnp.int32)
+
+    def one_pass() -> States | None:
+        batch = _decode_batch(tokens, page_table, settings.sampling, rows, nobody, 0)
+        return _pass(model, batch, cache, settings, options)[2]
+
+    shape = jax.eval_shape(one_pass).last
+    return jnp.zeros((num_steps, *shape.shape), shape.dtype)
 
 
 def _begin(
@@ -173,9 +191,7 @@ def _pass(
     if wanted is None:
         return hidden, new_cache, None
     values = jnp.stack([taps.values[place] for place in places])
-    last = values
-    if batch.query_starts is not None:
-        last = values[:, jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)]
+    last = values if batch.query_starts is None else values[:, last_tokens(batch)]
     return hidden, new_cache, States(last, values if wanted.of_inputs else None)
 
 

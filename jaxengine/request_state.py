@@ -15,7 +15,7 @@ class Settings(NamedTuple):
     """How each is to be continued; changed by `install` alone."""
 
     sampling: SamplingState
-    choices: Choices | tuple[()]  # among registered functions
+    choices: Choices  # among registered functions
 
 
 class RequestState(NamedTuple):

@@ -15,14 +15,15 @@ import numpy as np
 
 from jaxengine.compiling import Bucket, thinned
 from jaxengine.hidden_states import Launch, WantedStates
-from jaxengine.launch import NUM_ROW_FIELDS, Outputs, RowInputs
+from jaxengine.installs import installs
+from jaxengine.launch import NUM_ROW_FIELDS, Outputs, RowInputs, Variant
 from jaxengine.logprobs import Told
 from jaxengine.profiling import launch_annotations
 from jaxengine.request import Request
-from jaxengine.request_state import InstallInputs, RequestState
+from jaxengine.request_state import RequestState
 from jaxengine.sampling.masks import everything
 from jaxengine.step_plan import StepPlan
-from jaxengine.step_programs import INSTALL, StepPrograms, Variant
+from jaxengine.step_programs import INSTALL, StepPrograms
 
 logger = logging.getLogger("jaxengine")
 
@@ -75,20 +76,19 @@ class Runner:
             return _sent(made[0])
         return Paused(rows, variant, *made)
 
-    def everything(self, num_rows: int) -> np.ndarray:
-        """Packed bits that allow so many rows every token."""
-        return everything(num_rows, self._programs.vocab_size)
+    def everything(self, paused: Paused) -> np.ndarray:
+        """Packed bits `[B, words]` that allow every row of a paused plan every token; the rows of
+        the plan come first."""
+        return everything(len(paused.rows), self._programs.vocab_size)
 
     def adjust(self, paused: Paused, masks: np.ndarray) -> np.ndarray:
         """The logits `[B, V]` of a paused plan after the engine's own adjustments, for the tokens
-        that packed bits `[rows, words]` allow."""
-        return np.array(self._draw("adjust", paused, paused.logits, self._padded(masks, paused))[0])
+        that packed bits allow."""
+        return np.array(self._draw("adjust", paused, paused.logits, masks)[0])
 
     def draw(self, paused: Paused, masks: np.ndarray) -> Outputs:
         """Draws the tokens of a paused plan, of those that packed bits allow."""
-        return self._drawn(
-            paused, self._draw("draw", paused, paused.logits, self._padded(masks, paused))
-        )
+        return self._drawn(paused, self._draw("draw", paused, paused.logits, masks))
 
     def choose(self, paused: Paused, adjusted: np.ndarray) -> Outputs:
         """Draws them from logits that were made of what `adjust` gave."""
@@ -108,11 +108,6 @@ class Runner:
         self._state = RequestState(*changing, settings=self._state.settings)
         return _sent(paused.told._replace(drawn=drawn.drawn, of_drawn=drawn.of_drawn))
 
-    def _padded(self, masks: np.ndarray, paused: Paused) -> np.ndarray:
-        padded = self.everything(len(paused.rows))
-        padded[: len(masks)] = masks
-        return padded
-
     def collect(self, told: Outputs) -> list[list[int]]:
         """The tokens of a submitted plan, for each bucket row one of each step; -1 for logits that
         are not finite."""
@@ -122,9 +117,10 @@ class Runner:
         """What it tells of the tokens drawn, `[steps, rows]`, and of those behind tokens read."""
         return jax.tree.map(np.asarray, (told.of_drawn, told.of_inputs))
 
-    def collect_embeddings(self, told: Outputs) -> np.ndarray:
-        """Float32 `[rows, size]`; those of rows whose prompts did not end mean nothing."""
-        return np.asarray(told.embeddings)
+    def collect_embeddings(self, told: Outputs) -> np.ndarray | None:
+        """Float32 `[rows, size]`, of steps that embed; those of rows whose prompts did not end mean
+        nothing."""
+        return None if told.embeddings is None else np.asarray(told.embeddings)
 
     def collect_states(self, told: Outputs, wanted: WantedStates) -> Launch:
         """Its hidden states, which stay on the device."""
@@ -213,36 +209,11 @@ class Runner:
         request.memory = None
 
     def _admit(self, requests: Sequence[Request]) -> None:
-        """Installs requests, several at a time; a long history in as many calls as it takes."""
-        max_rows, room = len(self._empty_install.slots), len(self._empty_install.tokens)
-        rows: list[tuple[Request, int, list[int]]] = []  # and the tokens from a position on
-        left = room
-        for request in requests:
-            tokens = request.token_ids
-            for start in range(0, len(tokens), room):
-                part = tokens[start : start + room]
-                if len(rows) == max_rows or len(part) > left:
-                    self._install_rows(rows)
-                    rows, left = [], room
-                rows.append((request, start, part))
-                left -= len(part)
-        if rows:
-            self._install_rows(rows)
+        for new in installs(requests, self._empty_install, self._programs.pack_settings):
+            self._state = self._install(self._state, new)
         for request in requests:
             if request.memory is not None:
                 self._restore(request)
-
-    def _install_rows(self, rows: Sequence[tuple[Request, int, list[int]]]) -> None:
-        new = InstallInputs(*(field.copy() for field in self._empty_install))
-        end = 0
-        for index, (request, start, tokens) in enumerate(rows):
-            new.slots[index], new.starts[index] = request.slot, start
-            new.num_tokens[index] = len(tokens)
-            new.settings[index] = self._programs.pack_settings(request)
-            new.page_table[index, : len(request.pages)] = request.pages
-            new.tokens[end : end + len(tokens)] = tokens
-            end += len(tokens)
-        self._state = self._install(self._state, new)
 
     def _packed_rows(self, plan: StepPlan, num_rows: int, variant: Variant) -> np.ndarray:
         packed = self._padding_rows(num_rows, variant)

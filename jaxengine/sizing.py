@@ -48,7 +48,7 @@ def choose_sizes(
     embeddings: Embeddings | None = None,
 ) -> Sizes:
     """The sizes for a model whose positions end at `max_position`. One that makes embeddings never
-    decodes, and may have to read every sequence at once."""
+    decodes, and may have to read every sequence at once. Long, as each size follows from others."""
     context_length = args.context_length or max_position
     if context_length > max_position:
         warnings.warn(
@@ -62,16 +62,13 @@ def choose_sizes(
     max_running = args.max_running_requests or running_default
     reads_whole = embeddings is not None and embeddings.reads_whole
     can_chunk = args.chunked_prefill_size != -1 and not reads_whole
-    if reads_whole and args.chunked_prefill_size != -1:
-        chunk_size = max(args.chunked_prefill_size or chunk_default, context_length)
-    elif can_chunk:
-        chunk_size = min(
-            args.chunked_prefill_size or chunk_default,
-            args.max_prefill_tokens,
-            max_running * context_length,
-        )
-    else:
+    asked = args.chunked_prefill_size or chunk_default
+    if can_chunk:
+        chunk_size = min(asked, args.max_prefill_tokens, max_running * context_length)
+    elif args.chunked_prefill_size == -1:
         chunk_size = max(args.max_prefill_tokens, context_length)
+    else:
+        chunk_size = max(asked, context_length)
     chunk_size = max(chunk_size, max_running)  # a step has room for every running request's token
     max_decode = min(args.cuda_graph_max_bs or max_running, max_running)
     decode_steps, decode = 1, {}

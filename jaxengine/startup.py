@@ -121,7 +121,6 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         scheduler,
         runner,
         overlaps=not args.disable_overlap_schedule,
-        embeds=found.embeddings is not None,
         max_queued_requests=args.max_queued_requests,
         weight_version=args.weight_version,
         fill_masks=grammars.fill_masks,

@@ -1,7 +1,7 @@
 """Hidden states of many prompts in safetensors files, written while the engine goes on: only what a
 file is being filled with is in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,18 @@ def save_hidden_states(
     if any(folder.glob("states-*.safetensors")):
         raise ValueError(f"{folder}: holds hidden states already; remove them or choose another")
     files: list[Path] = []
-    tensors: dict[str, np.ndarray] = {}
-
-    def write() -> None:
+    for tensors in _shards(results, shard_bytes):
         files.append(folder / f"states-{len(files):05}.safetensors")
         save_file(tensors, files[-1])
-        tensors.clear()
+    return files
 
+
+def _shards(
+    results: Iterable[Mapping[str, Any]], shard_bytes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The tensors of each file."""
+    tensors: dict[str, np.ndarray] = {}
+    num_bytes = 0
     for number, result in enumerate(results):
         info = result["meta_info"]
         if info["finish_reason"] is None:  # a chunk of a stream
@@ -51,12 +56,14 @@ def save_hidden_states(
         index = result.get("index", number)
         if "hidden_states" not in info:
             raise ValueError(f"result {index} has no hidden states; pass return_hidden_states")
-        tensors |= _tensors(index, info["hidden_states"])
-        if sum(each.nbytes for each in tensors.values()) >= shard_bytes:
-            write()
+        new = _tensors(index, info["hidden_states"])
+        tensors |= new
+        num_bytes += sum(each.nbytes for each in new.values())
+        if num_bytes >= shard_bytes:
+            yield tensors
+            tensors, num_bytes = {}, 0
     if tensors:
-        write()
-    return files
+        yield tensors
 
 
 def _tensors(index: int, states: HiddenStates | np.ndarray) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ or in two parts, and the program that installs requests. How they are run is the
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +15,7 @@ from jaxengine import drawing, programs
 from jaxengine.compiling import Bucket
 from jaxengine.executables import Executables
 from jaxengine.functions import NO_FUNCTIONS, Functions
-from jaxengine.hidden_states import WantedStates
-from jaxengine.launch import NUM_ROW_FIELDS, Asked, Options, structure_of_made
-from jaxengine.logprobs import Wanted
+from jaxengine.launch import NUM_ROW_FIELDS, Asked, Options, Variant
 from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.request import Request
@@ -37,21 +35,6 @@ EXTEND_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL",
 }
-
-
-class Variant(NamedTuple):
-    """Which program for a launch size: a whole step, the part of one before the host's say on what
-    may be drawn or the part behind it, itself in two where the host has its say on logits, or one
-    that embeds; and what it tells."""
-
-    part: Literal["whole", "read", "draw", "adjust", "choose", "embed"] = "whole"
-    wanted: Wanted | None = None
-    states: WantedStates | None = None
-
-    @property
-    def num_fields(self) -> int:
-        """Of a packed row."""
-        return NUM_ROW_FIELDS + (self.wanted.ids if self.wanted else 0)
 
 
 class StepPrograms:
@@ -140,8 +123,6 @@ class StepPrograms:
             num_stop_ids=self._num_stop_ids,
             num_bias=self._num_bias,
         )
-        if not self.functions:
-            return sampling
         chosen = request.sampling.functions, request.sampling.custom_params or {}
         return np.concatenate([sampling, self.functions.pack(*chosen)])
 
@@ -162,8 +143,7 @@ class StepPrograms:
         is_extend = self.device.platform == "gpu" and not bucket.num_steps
         options = EXTEND_OPTIONS if is_extend else None
         arguments = self.step_arguments(bucket, num_pages, variant)
-        made = structure_of_made(*variant)
-        results = arguments[1], arguments[2], *made
+        results = arguments[1], arguments[2], *variant.structure
         return self._executables.through(
             ("step", bucket, variant, options, self._identity, arguments),
             in_tree=jax.tree.structure((arguments, {})),
@@ -180,7 +160,7 @@ class StepPrograms:
         masks = jax.ShapeDtypeStruct((num_rows, num_words(V)), np.int32)
         both = logits, logits if variant.part == "choose" else masks
         arguments = *_split(self.state_shapes), rows, *self._placed(both)
-        made = structure_of_made(*variant)
+        made = variant.structure
         results = made if variant.part == "adjust" else (arguments[0], *made)
         step = partial(self._draw, variant=variant)
         step.__name__ = f"{variant.part}_x{num_rows}"  # type: ignore[attr-defined]

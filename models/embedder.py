@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxengine.models.interface import Batch, Model, Piece
+from jaxengine.models.interface import Batch, Model, Piece, last_tokens
 from jaxengine.models.layers import Parameters, project
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -105,11 +105,12 @@ def normalized(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
 
 
 def first_token(hidden: Float[Array, "T D"], batch: Batch) -> Float[Array, "B D"]:
-    return hidden.at[_starts(batch)].get(mode="clip")
+    assert batch.query_starts is not None, "a ragged batch"
+    return hidden.at[batch.query_starts].get(mode="clip")
 
 
 def last_token(hidden: Float[Array, "T D"], batch: Batch) -> Float[Array, "B D"]:
-    return hidden[jnp.maximum(_starts(batch) + batch.query_lens - 1, 0)]
+    return hidden[last_tokens(batch)]
 
 
 def mean(hidden: Float[Array, "T D"], batch: Batch) -> Float[Array, "B D"]:
@@ -143,9 +144,3 @@ POOLINGS: dict[str, Callable[[jax.Array, Batch], jax.Array]] = {
     "mean": mean,
 }
 """By the names that sentence-transformers has for them."""
-
-
-def _starts(batch: Batch) -> jax.Array:
-    if batch.query_starts is None:
-        raise ValueError("pooling: expected a ragged batch, got one of decoding rows")
-    return batch.query_starts

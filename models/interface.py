@@ -77,6 +77,12 @@ def rows_of(query_lens: Int[Array, " B"], num_tokens: int) -> Int[Array, " T"]:
     return rows.astype(jnp.int32)
 
 
+def last_tokens(batch: Batch) -> Int[Array, " B"]:
+    """Index in T of each row's last query token; of a ragged batch. A padding row has some."""
+    assert batch.query_starts is not None, "a ragged batch"
+    return jnp.maximum(batch.query_starts + batch.query_lens - 1, 0)
+
+
 def dense_batch(tokens: Int[Array, " T"]) -> Batch:
     """One row holding one whole sequence, without a cache: the form of training and of tests."""
     length = jnp.full(1, tokens.shape[0], jnp.int32)

@@ -14,7 +14,8 @@ from test_programs import BUCKETS, step_programs
 from tiny import tiny_config
 
 from jaxengine import CustomLogitProcessor, Engine, Intervention, LogitsProcessor, Sampler
-from jaxengine.functions import NO_FUNCTIONS, Choices, Functions, registered
+from jaxengine.function_checks import registered
+from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.taps import Taps
 from jaxengine.sampling_params import SamplingParams
@@ -299,7 +300,6 @@ def test_numbers_travel_by_their_bits() -> None:
     memory, choices = functions.install(
         *functions.empty(4), jnp.array([2]), jnp.asarray(packed)[None]
     )
-    assert isinstance(choices, Choices)
     np.testing.assert_array_equal(choices.is_chosen["only"], [False, False, True, False])
     params: Any = choices.params["only"]
     np.testing.assert_array_equal(params["scale"], np.array([0.5, 0.5, -2.5, 0.5], np.float32))

@@ -97,6 +97,10 @@ def test_of_any_layer_and_position(engine: Engine, exact: Exact) -> None:
     assert states.places == (("block_input", 0), ("block_input", 1), ("final_norm", None))
     for place, whole in zip(states.places, expected, strict=True):
         near(states.array(place), whole[[5, 39, 41]])
+    near(states[0], expected[0][[5, 39]])
+    near(states[2], expected[0][41])
+    with pytest.raises(IndexError, match="position 40 was not asked for"):
+        states[1]
 
 
 def test_points_within_a_layer_add_up(engine: Engine) -> None:

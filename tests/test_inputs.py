@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine.inputs import UNAVAILABLE, Inputs, normalise, refuse_unavailable
+from jaxengine.inputs import Inputs, normalise
 from jaxengine.sampling_params import SamplingParams
+from jaxengine.unavailable import UNAVAILABLE, refuse_unavailable
 
 
 def normalised(
