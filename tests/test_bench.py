@@ -30,11 +30,19 @@ from jaxengine.bench import (
 from jaxengine.bench.cache import compile_cache
 from jaxengine.bench.case import Case
 from jaxengine.bench.floors import Ceilings, Work
-from jaxengine.bench.measure import Measured, measure, obstacle, random_prompts, timed_call
+from jaxengine.bench.measure import (
+    Measured,
+    measure,
+    obstacle,
+    prompts_of,
+    random_prompts,
+    timed_call,
+)
 from jaxengine.bench.probe import Probe, probed
 from jaxengine.bench.workloads import Workload
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.shapes import SHAPES
+from jaxengine.sampling_params import SamplingParams
 
 H200 = Ceilings(4.45e12, 772e12)  # measured there
 SMALL = (
@@ -119,6 +127,33 @@ def test_a_step_is_the_difference_divided_by_its_steps() -> None:
     assert workload("single").value(0.002) == 2.0
     assert workload("prefill-32").value(2.0) == 16 * 1024
     assert workload("nano").value(10.0) == 14_416
+
+
+def test_choices_share_their_contexts_or_nothing() -> None:
+    shared, whole = workload("choice"), workload("choice-whole")
+    assert shared.prompt_lens == whole.prompt_lens == (520,) * 256
+    assert shared.output_lens == (0,) * 256 and shared.scored_from == whole.scored_from == 511
+    for found, num_contexts in ((shared, 64), (whole, 256)):
+        prompts = prompts_of(found, np.random.default_rng(0), vocab_size=1000)
+        assert len({tuple(prompt[:512]) for prompt in prompts}) == num_contexts
+        assert len({tuple(prompt) for prompt in prompts}) == 256
+        assert prompts[0][:512] == prompts[3][:512] or found is whole
+    costs = model("llama-3.1-8b")
+    times = [floors.floor(costs, found, H200, 256).work.num_flops for found in (shared, whole)]
+    assert times[1] / times[0] == pytest.approx(520 / (520 / 4 + 8 * 3 / 4), rel=0.03)
+
+
+def test_a_step_under_a_schema_is_asked_of_engines_with_text_alone() -> None:
+    found = workload("json-64")
+    assert (found.prompt_lens, found.num_steps) == (workload("step-64").prompt_lens, 128)
+    assert SamplingParams(**found.sampling).grammar is not None
+    assert "json-64 needs a tokenizer" in mistake("--shape", "qwen3-0.6b", "--workloads", "json-64")
+    args = parsed("--workloads", "json-64")
+    options.read(args)
+    assert args.skip_tokenizer_init is False
+    args = parsed("--workloads", "step-64")
+    options.read(args)
+    assert args.skip_tokenizer_init is True
 
 
 def test_scale_shrinks_all_numbers_and_none_to_nothing() -> None:

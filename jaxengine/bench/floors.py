@@ -19,6 +19,8 @@ import numpy as np
 from jaxengine.bench.workloads import Workload
 from jaxengine.models.config import ModelConfig
 
+NOTHING = np.zeros(0, int)
+
 
 class Ceilings(NamedTuple):
     """What the device was seen to do at best."""
@@ -105,7 +107,13 @@ def floor(model: Costs, workload: Workload, ceilings: Ceilings, max_running: int
     """Of one call; of one step for `step` workloads. `max_running` rows decode at a time."""
     prompts, outputs = np.array(workload.prompt_lens), np.array(workload.output_lens)
     if workload.kind == "prefill":
-        work = prefill(model, prompts, with_logits_of_all=workload.is_scored)
+        # Of what several prompts have in common, all but the first time is saved.
+        sharing = (workload.num_sharing - 1) * workload.num_rows // workload.num_sharing
+        saved = np.full(sharing, workload.num_shared)
+        num_logits = None
+        if workload.scored_from is not None:
+            num_logits = int((prompts - workload.scored_from).sum())
+        work = prefill(model, prompts, num_logits, saved)
         return Floor(work.seconds(ceilings), work)
     if workload.kind == "job":
         return _job(model, prompts, outputs, ceilings, max_running)
@@ -125,12 +133,16 @@ def decode(model: Costs, contexts: np.ndarray) -> Work:
     )
 
 
-def prefill(model: Costs, lengths: np.ndarray, with_logits_of_all: bool = False) -> Work:
-    """Whole prompts and the logits of their last tokens, or of all; the matrices are read once."""
-    num_tokens = float(lengths.sum())
-    num_logits = num_tokens if with_logits_of_all else len(lengths)
+def prefill(
+    model: Costs, lengths: np.ndarray, num_logits: int | None = None, saved: np.ndarray = NOTHING
+) -> Work:
+    """Whole prompts and the logits of their last tokens, or of so many; the matrices are read once.
+    `saved` are the lengths of beginnings that need not be read again."""
+    num_logits = len(lengths) if num_logits is None else num_logits
+    num_tokens = float(lengths.sum() - saved.sum())
+    pairs = model.pairs(lengths) - model.pairs(saved)
     matrices = 2 * (model.body_params * num_tokens + model.head_params * num_logits)
-    return Work(model.weight_bytes, matrices + model.pairs(lengths) * model.pair_flops)
+    return Work(model.weight_bytes, matrices + pairs * model.pair_flops)
 
 
 def _job(

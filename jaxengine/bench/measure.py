@@ -61,7 +61,7 @@ def measure(engine: Engine, workload: Workload, *, vocab_size: int, repeat: int)
     _warm_up(engine, workload, rng, vocab_size)
     seconds, usage = [], None
     for _ in range(repeat):
-        prompts = random_prompts(rng, workload.prompt_lens, vocab_size)
+        prompts = prompts_of(workload, rng, vocab_size)
         if workload.kind == "job":
             with probed(engine) as probe:
                 seconds.append(timed_call(engine, prompts, workload.output_lens, workload.sampling))
@@ -78,14 +78,16 @@ def timed_call(
     prompts: list[list[int]],
     output_lens: Sequence[int],
     sampling: Mapping[str, Any],
-    is_scored: bool = False,
+    scored_from: int | None = None,
 ) -> float:
     """Wall time of generating `output_lens` tokens, with no prefix cached from before."""
     params = [{"ignore_eos": True, "max_new_tokens": length, **sampling} for length in output_lens]
     if not engine.flush_cache().success:
         raise RuntimeError("the engine has unfinished requests; nothing else may use it meanwhile")
     started = time.perf_counter()
-    asked: dict[str, Any] = dict(return_logprob=True, logprob_start_len=0) if is_scored else {}
+    asked: dict[str, Any] = {}
+    if scored_from is not None:
+        asked = dict(return_logprob=True, logprob_start_len=scored_from)
     results = engine.generate(input_ids=prompts, sampling_params=params, **asked)
     seconds = time.perf_counter() - started
     for result, length in zip(results, output_lens, strict=True):
@@ -98,6 +100,15 @@ def timed_call(
     return seconds
 
 
+def prompts_of(workload: Workload, rng: np.random.Generator, vocab_size: int) -> list[list[int]]:
+    """Random ones, of which some begin alike where the workload says so."""
+    prompts = random_prompts(rng, workload.prompt_lens, vocab_size)
+    for index, prompt in enumerate(prompts):
+        first = prompts[index - index % workload.num_sharing]
+        prompt[: workload.num_shared] = first[: workload.num_shared]
+    return prompts
+
+
 def random_prompts(
     rng: np.random.Generator, lengths: Sequence[int], vocab_size: int
 ) -> list[list[int]]:
@@ -105,7 +116,7 @@ def random_prompts(
 
 
 def _seconds(engine: Engine, workload: Workload, prompts: list[list[int]]) -> float:
-    given = workload.output_lens, workload.sampling, workload.is_scored
+    given = workload.output_lens, workload.sampling, workload.scored_from
     every = timed_call(engine, prompts, *given)
     if workload.kind == "prefill":
         return every
@@ -117,7 +128,7 @@ def _seconds(engine: Engine, workload: Workload, prompts: list[list[int]]) -> fl
 def _warm_up(engine: Engine, workload: Workload, rng: np.random.Generator, vocab_size: int) -> None:
     lengths = [min(length, WARM_UP_PROMPT) for length in workload.prompt_lens[:WARM_UP_ROWS]]
     outputs = [min(length, WARM_UP_TOKENS) for length in workload.output_lens[:WARM_UP_ROWS]]
-    if workload.is_scored:  # its own program, which may have to be compiled
-        lengths, outputs = workload.prompt_lens, workload.output_lens
     prompts = random_prompts(rng, lengths, vocab_size)
-    timed_call(engine, prompts, outputs, workload.sampling, workload.is_scored)
+    if workload.scored_from is not None or workload.needs_text:  # programs to be compiled
+        prompts, outputs = prompts_of(workload, rng, vocab_size), workload.output_lens
+    timed_call(engine, prompts, outputs, workload.sampling, workload.scored_from)

@@ -101,6 +101,9 @@ def read(args: argparse.Namespace) -> Options:
         raise ValueError("--fresh-cache and --cache-dir: give one of them")
     _choose_model(args)
     workloads, times_start = find(args.workloads, args.scale)
+    for workload in workloads:
+        if workload.needs_text:
+            _ask_for_text(args, workload.name)
     bandwidth, flops = read_ceilings(args)
     return Options(
         workloads=tuple(workloads),
@@ -150,6 +153,15 @@ def _choose_model(args: argparse.Namespace) -> None:
     if args.load_format not in (None, "dummy"):
         raise ValueError("--load-format: a shape has no files; use --model FOLDER, or dummy")
     args.model_path, args.load_format = args.shape, "dummy"
+
+
+def _ask_for_text(args: argparse.Namespace, workload: str) -> None:
+    if args.shape is not None and args.tokenizer_path is None:
+        raise ValueError(
+            f"--workloads: {workload} needs a tokenizer, and a shape has none; name one with "
+            "--tokenizer-path"
+        )
+    args.skip_tokenizer_init = False
 
 
 def _plot_path(path: str | None) -> Path | None:

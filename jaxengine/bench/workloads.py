@@ -5,6 +5,7 @@ Prompts are random token ids, uniform over the vocabulary, without shared prefix
 sequence is ignored and nothing is turned into text. A time is the wall time of one call.
 """
 
+import json
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,20 @@ GREEDY: Mapping[str, Any] = {"temperature": 0.0}
 
 SINGLE_PROMPT, SINGLE_STEPS = 128, 256
 STEP_PROMPT, STEP_STEPS = 1024, 128
+CHOICE_CONTEXTS, CHOICES, CHOICE_CONTEXT, CHOICE_END = 64, 4, 512, 8
+
+ITEM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "size": {"enum": ["small", "large"]},
+        "count": {"type": "integer"},
+    },
+    "required": ["name", "size", "count"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "array", "items": ITEM, "minItems": 1000}  # nothing ends before its tokens do
+UNDER_SCHEMA: Mapping[str, Any] = {"temperature": 1.0, "json_schema": json.dumps(SCHEMA)}
 
 DEFAULT = [
     *("single", "step-32", "step-128", "prefill-32", "prefill-128", "prefill-4k", "score"),
@@ -28,7 +43,11 @@ workloads:
   step-B       B prompts of 1024; (time for 129 tokens - time for 1) / 128, greedy: ms per step
   prefill-B    B prompts of 1024, 1 token out: prompt tokens a second
   prefill-4k   32 prompts of 4096, 1 token out: prompt tokens a second
+  json-B       step-B under a JSON schema, temperature 1; needs a tokenizer
   score        64 prompts of 1024 and the log-probability of each of their tokens, 1 token out
+  choice       4 continuations of 8 tokens of each of 64 contexts of 512, and the log-probability of
+               each of their tokens: prompt tokens a second, where each context counts 4 times
+  choice-whole the same sizes, with 256 contexts that have nothing in common
   nano         256 prompts of 100-1024 tokens, 100-1024 out, temperature 0.6: output tokens a second
   offline      1024 prompts of 32-1024 tokens, 32-512 out, temperature 1: output tokens a second
   offline-p    the same sizes, temperature 0.8, top_p 0.95
@@ -46,7 +65,9 @@ class Workload:
     prompt_lens: tuple[int, ...]
     output_lens: tuple[int, ...]
     sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
-    is_scored: bool = False  # with the log-probabilities of all tokens of prompts
+    scored_from: int | None = None  # first prompt token with a log-probability, if any has one
+    num_sharing: int = 1  # consecutive prompts that have their first tokens in common
+    num_shared: int = 0  # so many
 
     @property
     def higher_is_better(self) -> bool:
@@ -55,6 +76,10 @@ class Workload:
     @property
     def num_rows(self) -> int:
         return len(self.prompt_lens)
+
+    @property
+    def needs_text(self) -> bool:
+        return "json_schema" in self.sampling
 
     @property
     def num_steps(self) -> int:
@@ -99,15 +124,17 @@ def find(names: str, scale: float = 1.0) -> tuple[list[Workload], bool]:
 def _find(name: str, scale: float) -> Workload:
     if name in NAMED:
         return NAMED[name](name, scale)
-    match = re.fullmatch(r"(step|prefill)-([1-9]\d*)", name)
+    match = re.fullmatch(r"(step|prefill|json)-([1-9]\d*)", name)
     if match is None:
         raise ValueError(
-            f"--workloads: there is no workload {name!r}; the names are single, step-B and "
-            "prefill-B for a number B of prompts, prefill-4k, score, nano, offline, offline-p and "
-            "start"
+            f"--workloads: there is no workload {name!r}; the names are single, step-B, json-B and "
+            "prefill-B for a number B of prompts, prefill-4k, score, choice, choice-whole, nano, "
+            "offline, offline-p and start"
         )
     B = int(match[2])
-    return _steps(name, scale, B) if match[1] == "step" else _prefill(name, scale, B, STEP_PROMPT)
+    if match[1] == "prefill":
+        return _prefill(name, scale, B, STEP_PROMPT)
+    return _steps(name, scale, B, GREEDY if match[1] == "step" else UNDER_SCHEMA)
 
 
 def _single(name: str, scale: float) -> Workload:
@@ -120,7 +147,7 @@ def _single(name: str, scale: float) -> Workload:
     )
 
 
-def _steps(name: str, scale: float, B: int) -> Workload:
+def _steps(name: str, scale: float, B: int, sampling: Mapping[str, Any]) -> Workload:
     rows = _scaled([B], scale)[0]
     return Workload(
         name=name,
@@ -128,10 +155,13 @@ def _steps(name: str, scale: float, B: int) -> Workload:
         unit="ms per step",
         prompt_lens=_scaled([STEP_PROMPT], scale) * rows,
         output_lens=(1 + _scaled([STEP_STEPS], scale)[0],) * rows,
+        sampling=sampling,
     )
 
 
-def _prefill(name: str, scale: float, B: int, length: int, is_scored: bool = False) -> Workload:
+def _prefill(
+    name: str, scale: float, B: int, length: int, scored_from: int | None = None
+) -> Workload:
     rows = _scaled([B], scale)[0]
     return Workload(
         name=name,
@@ -139,7 +169,22 @@ def _prefill(name: str, scale: float, B: int, length: int, is_scored: bool = Fal
         unit="prompt tok/s",
         prompt_lens=_scaled([length], scale) * rows,
         output_lens=(1,) * rows,
-        is_scored=is_scored,
+        scored_from=scored_from,
+    )
+
+
+def _choice(name: str, scale: float) -> Workload:
+    [context], [end] = _scaled([CHOICE_CONTEXT], scale), _scaled([CHOICE_END], scale)
+    rows = CHOICES * _scaled([CHOICE_CONTEXTS], scale)[0]
+    return Workload(
+        name=name,
+        kind="prefill",
+        unit="prompt tok/s",
+        prompt_lens=(context + end,) * rows,
+        output_lens=(0,) * rows,
+        scored_from=context - 1,
+        num_sharing=1 if name == "choice-whole" else CHOICES,
+        num_shared=0 if name == "choice-whole" else context,
     )
 
 
@@ -173,7 +218,9 @@ def _scaled(numbers: Sequence[int], scale: float) -> tuple[int, ...]:
 NAMED: dict[str, Callable[[str, float], Workload]] = {
     "single": _single,
     "prefill-4k": lambda name, scale: _prefill(name, scale, 32, 4096),
-    "score": lambda name, scale: _prefill(name, scale, 64, STEP_PROMPT, is_scored=True),
+    "score": lambda name, scale: _prefill(name, scale, 64, STEP_PROMPT, scored_from=0),
+    "choice": _choice,
+    "choice-whole": _choice,
     "nano": _job(0, 256, (100, 1024), (100, 1024), temperature=0.6),
     "offline": _job(1, 1024, (32, 1024), (32, 512), temperature=1.0),
     "offline-p": _job(1, 1024, (32, 1024), (32, 512), temperature=0.8, top_p=0.95),
