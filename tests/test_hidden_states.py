@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import TINY, check_books
+from oracle import causal_outputs
 from safetensors.numpy import load_file
 from test_logprobs import prompts_of
 from tiny import save_checkpoint, tiny_config
@@ -44,14 +45,10 @@ def engine(one_engine: Engine) -> Engine:
 @pytest.fixture(scope="module")
 def exact(folder: Path) -> Exact:
     """Ids -> hidden states [tokens D], of the embedding, behind the first layer and so on."""
-    torch = pytest.importorskip("torch", reason="transformers' models are the oracle")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
+    outputs_of = causal_outputs(folder)
 
     def states_of(ids: list[int]) -> list[np.ndarray]:
-        with torch.no_grad():
-            found = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        found = outputs_of(ids, output_hidden_states=True).hidden_states
         return [each[0].numpy() for each in found]
 
     return states_of

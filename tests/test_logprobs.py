@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import TINY, check_books
+from oracle import causal_outputs
 from tiny import save_checkpoint, tiny_config
 
 from jaxengine import Engine
@@ -114,16 +115,8 @@ def engine(one_engine: Engine) -> Engine:
 @pytest.fixture(scope="module")
 def exact(folder: Path):
     """Ids -> log-probabilities [tokens V] of the token behind each, by transformers."""
-    torch = pytest.importorskip("torch", reason="transformers' models are the oracle")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").float().eval()
-
-    def logprobs_of(ids: list[int]) -> np.ndarray:
-        with torch.no_grad():
-            return log_softmax(model(torch.tensor([ids])).logits[0].numpy())
-
-    return logprobs_of
+    outputs_of = causal_outputs(folder)
+    return lambda ids: log_softmax(outputs_of(ids).logits[0].numpy())
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from engines import SMALL, check_books
 from numerics import softmax_exact
+from oracle import causal_outputs
 from samplers import (
     classifier_free_guidance,
     contrastive,
@@ -69,17 +70,8 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """Logits [T V] of the embedded model in transformers, float64."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    folder = str(files("jaxengine") / "assets" / "demo")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    def logits_of(tokens: list[int]) -> np.ndarray:
-        with torch.no_grad():
-            return model(torch.tensor([tokens])).logits[0].double().numpy()
-
-    return logits_of
+    outputs_of = causal_outputs(str(files("jaxengine") / "assets" / "demo"))
+    return lambda tokens: outputs_of(tokens).logits[0].double().numpy()
 
 
 def with_(name: str, sampling: dict[str, Any], **custom: Any) -> dict[str, Any]:

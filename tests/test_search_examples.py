@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numerics import softmax_exact
+from oracle import causal_model
 from samplers import beam_search, best_of_n
 
 from jaxengine import Engine
@@ -114,11 +115,7 @@ def test_samples_are_ranked_by_their_mean_logprob() -> None:
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """The embedded model in transformers."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    folder = str(files("jaxengine") / "assets" / "demo")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return causal_model(str(files("jaxengine") / "assets" / "demo"))
 
 
 @pytest.mark.oracle
