@@ -1,5 +1,6 @@
 """What fails is told to whom it concerns, with its cause, and to nobody else."""
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -73,15 +74,16 @@ def test_numbers_that_fail_later_keep_the_tokens_before(make_engine):
     engine = make_engine()
     runner = engine._loop.runner
     submit, collect, count = runner.submit, runner.collect, 0
+    plans = deque()  # collected in the order in which they were submitted
 
     def counting(plan: Any) -> Any:
-        return plan, submit(plan)
+        plans.append(plan)
+        return submit(plan)
 
-    def failing(submitted: Any) -> list[list[int]]:
+    def failing(told: Any) -> list[list[int]]:
         nonlocal count
-        plan, told = submitted
         tokens = collect(told)
-        for index, row in enumerate(plan.rows):
+        for index, row in enumerate(plans.popleft().rows):
             if row.request.rid == "bad":
                 count += 1
                 tokens[index] = [-1] if count == 3 else tokens[index]
