@@ -71,10 +71,26 @@ def append(request: Request, tokens: Sequence[int]) -> dict[str, Any] | None:
         if token == NOT_FINITE:
             return NOT_FINITE_REASON
         request.output_ids.append(token)
-        reason = grammar_error(request, token) or stop_reason(request, token)
+        reason = _end_with(request, token) or foresee(request)
         if reason is not None:
             return reason
     return None
+
+
+def foresee(request: Request) -> dict[str, Any] | None:
+    """Books the tokens that its grammar leaves no choice of, likewise."""
+    if not request.skips_forced:
+        return None
+    for token in request.matcher.forced_tokens():
+        request.foresee(token)
+        reason = _end_with(request, token)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _end_with(request: Request, token: int) -> dict[str, Any] | None:
+    return grammar_error(request, token) or stop_reason(request, token)
 
 
 def grammar_error(request: Request, token: int) -> dict[str, Any] | None:

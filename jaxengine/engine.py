@@ -298,6 +298,7 @@ class Engine(
             request.stream_interval = sampling.stream_interval or self.server_args.stream_interval
         if sampling.grammar is not None:
             request.matcher = self._started.grammars.compile(sampling.grammar).result().clone()
+            request.skips_forced = self._skips_forced(request)
         if sampling.stop or sampling.stop_regex:
             if self._started.tokenizer is None:
                 field = "stop" if sampling.stop else "stop_regex"
@@ -306,6 +307,14 @@ class Engine(
                 )
             request.stop_text = StopText(self._started.tokenizer, request)
         return request
+
+    def _skips_forced(self, request: Request) -> bool:
+        """Not where something is to be told or remembered of each token drawn, and not where rows
+        that read hold up rows that decode."""
+        tells = not (request.logprobs is request.states is request.processor is None)
+        remembers = self._started.limits.functions.remembers(request.sampling.functions)
+        goes_on = request.max_new_tokens > 0 and self.server_args.enable_mixed_chunk
+        return goes_on and not tells and not remembers
 
     def _encode(self, text: str) -> list[int]:
         if self._started.tokenizer is None:

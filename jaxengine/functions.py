@@ -63,6 +63,11 @@ class Functions:
         """Length of a packed row."""
         return len(self.pack((), {}))
 
+    def remembers(self, chosen: Collection[str]) -> bool:
+        """Whether those chosen, or the sampler, keep something of each token drawn."""
+        drawing = (each for name, each in self.of_logits.items() if name in (*chosen, SAMPLER))
+        return any(each.init is not None for each in drawing)
+
     # What the device remembers
 
     def empty(self, num_slots: int) -> tuple[PyTree, Choices]:

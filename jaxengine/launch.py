@@ -11,6 +11,7 @@ from jaxengine.hidden_states import WantedStates
 from jaxengine.logprobs import Told, Wanted
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.request_state import RequestState, Settings
+from jaxengine.step_plan import MAX_NEW_TOKENS
 
 NUM_ROW_FIELDS = 5
 
@@ -63,7 +64,21 @@ class Variant(NamedTuple):
     @property
     def num_fields(self) -> int:
         """Of a packed row."""
-        return NUM_ROW_FIELDS + (self.wanted.ids if self.wanted else 0)
+        return NUM_ROW_FIELDS + self._num_new + (self.wanted.ids if self.wanted else 0)
+
+    def split(self, packed_rows: Any) -> tuple[Any, Any, Any]:
+        """What packed rows consist of: the fields of `RowInputs`; in a step that pauses the tokens
+        that they bring along, behind -1; the ids that they ask about."""
+        end = NUM_ROW_FIELDS + self._num_new
+        return (
+            packed_rows[:, :NUM_ROW_FIELDS],
+            packed_rows[:, NUM_ROW_FIELDS:end],
+            packed_rows[:, end:],
+        )
+
+    @property
+    def _num_new(self) -> int:
+        return 0 if self.part in ("whole", "embed") else MAX_NEW_TOKENS
 
     @property
     def structure(self) -> tuple[Any, ...]:

@@ -13,7 +13,15 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from jaxengine import outputs
-from jaxengine.booking import NOT_FINITE_REASON, append, book_logprobs, book_states, read_reason
+from jaxengine.booking import (
+    NOT_FINITE,
+    NOT_FINITE_REASON,
+    append,
+    book_logprobs,
+    book_states,
+    foresee,
+    read_reason,
+)
 from jaxengine.hidden_states import Gathered, Launch, WantedStates
 from jaxengine.logprobs import Told
 from jaxengine.pausing import FillMasks, finish_step
@@ -215,8 +223,15 @@ class Loop:
                 reason = read_reason(request)
                 self._finish(request, reason, keeps_prefix=reason is not NOT_FINITE_REASON)
             return
+        if row.foreseen is not None:  # it was booked already
+            if NOT_FINITE in tokens:
+                self._finish(request, NOT_FINITE_REASON, keeps_prefix=False)
+            return
         num_before = len(request.output_ids)
-        reason = append(request, tokens)
+        self._report(request, num_before, append(request, tokens))
+
+    def _report(self, request: Request, num_before: int, reason: dict[str, Any] | None) -> None:
+        """Of a request that had fewer output tokens before: its end, or that it goes on."""
         num_tokens = len(request.output_ids)
         self.num_output_tokens += num_tokens - num_before
         if reason is not None:
@@ -257,6 +272,8 @@ class Loop:
         for request in requests:
             self._live[request.rid] = request
             self.scheduler.add(request)
+            if request.skips_forced:
+                self._report(request, 0, foresee(request))
 
     def _abort(self, rids: list[str] | None, message: str) -> None:
         for rid in list(self._live) if rids is None else rids:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxengine.logit_processor import CustomLogitProcessor, RequestView, process
 from jaxengine.request import Request, Status
+from jaxengine.sampling.masks import only
 from jaxengine.step_plan import Row, StepPlan
 
 Fail = Callable[[Request, str], None]  # ends a request, and says why
@@ -25,8 +26,9 @@ def finish_step(
         return paused.told  # nobody waits for them, and the buffers may be gone
     masks = runner.everything(paused)
     drawing = [row.request if _draws(row) else None for row in plan.rows]
+    foreseen = [row.foreseen if _draws(row) else None for row in plan.rows]
     if fill_masks is not None:
-        _fill(masks, drawing, fill_masks, fail)
+        _fill(masks, drawing, foreseen, fill_masks, fail)
     processors = {each.processor for each in drawing if each is not None} - {None}
     if not processors:
         return runner.draw(paused, masks)
@@ -42,13 +44,23 @@ def _draws(row: Row) -> bool:
 
 
 def _fill(
-    masks: np.ndarray, drawing: Sequence[Request | None], fill_masks: FillMasks, fail: Fail
+    masks: np.ndarray,
+    drawing: Sequence[Request | None],
+    foreseen: Sequence[int | None],
+    fill_masks: FillMasks,
+    fail: Fail,
 ) -> None:
-    """Of each row with a grammar, what that allows."""
-    matchers = [None if each is None else each.matcher for each in drawing]
-    if not any(matchers):
-        return
-    fill_masks(matchers, masks[: len(matchers)])
+    """Of each row with a grammar what that allows: one token alone, where the grammar has gone on
+    beyond it."""
+    matchers = [
+        None if request is None or token is not None else request.matcher
+        for request, token in zip(drawing, foreseen, strict=True)
+    ]
+    if any(matchers):
+        fill_masks(matchers, masks[: len(matchers)])
+    for index, token in enumerate(foreseen):
+        if token is not None:
+            masks[index] = only(token, masks.shape[1])
     for index, (request, matcher) in enumerate(zip(drawing, matchers, strict=True)):
         if request is not None and matcher is not None and matcher.error:
             masks[index] = -1

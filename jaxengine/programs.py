@@ -3,9 +3,10 @@ over rows of one token, and both draw next tokens. `read` is a pass whose draw (
 program of its own, for the host to say in between what may be drawn; `embed` draws nothing. They
 know arrays by slot, and neither requests nor how they are compiled.
 
-A step's tokens never come from the host: row by row it reads them from the history of its slot, and
-writes the token it drew behind them. So a prompt, a chunk, decoding rows and any mixture of them
-are one program, and a decode program goes on by itself for as many steps as it was made for.
+A step reads its tokens, row by row, from the history of the row's slot, and writes the token it
+drew behind them; the few that the host alone foresaw join the history first. So a prompt, a chunk,
+decoding rows and any mixture of them are one program, and a decode program goes on by itself for as
+many steps as it was made for.
 """
 
 import jax
@@ -56,11 +57,15 @@ def read(
     packed_rows: Int[Array, "B fields"],
     *,
     num_tokens: int | None,
+    new_tokens: Int[Array, "B N"] | None = None,
     options: Options = PLAIN,
 ) -> tuple[KVCache, RequestState, Float32[Array, "B V"], Outputs]:
     """The first part of a step: one pass over `num_tokens` flat tokens, or over one token of each
-    row where that is None, the logits behind each row, and what is wanted to know of its tokens."""
+    row where that is None, the logits behind each row, and what is wanted to know of its tokens.
+    The new ones join the histories before: they are the last that each row reads, behind -1."""
     rows, state = _begin(cache, state, packed_rows)
+    if new_tokens is not None:
+        state = _with_new_tokens(state, rows, new_tokens)
     page_table, settings = of_rows(state, rows)
     is_active = rows.query_lens > 0
     if num_tokens is None:
@@ -177,6 +182,17 @@ def _begin(
     index = jnp.where(rows.new_pages > 0, -(-rows.starts // page_size), page_table.shape[1])
     page_table = page_table.at[rows.slots, index].set(rows.new_pages, mode="drop")
     return rows, state._replace(page_table=page_table)
+
+
+def _with_new_tokens(
+    state: RequestState, rows: RowInputs, new_tokens: Int[Array, "B N"]
+) -> RequestState:
+    N, nowhere = new_tokens.shape[1], state.tokens.shape[1]
+    ends = rows.starts + rows.query_lens
+    positions = ends[:, None] - N + jnp.arange(N, dtype=jnp.int32)[None]
+    positions = jnp.where(new_tokens >= 0, positions, nowhere)
+    tokens = state.tokens.at[rows.slots[:, None], positions].set(new_tokens, mode="drop")
+    return state._replace(tokens=tokens)
 
 
 def _pass(

@@ -2,11 +2,12 @@
 
 Lengths of a sequence, in tokens, as they are once every step planned so far has run:
 
-    [ ------------------------------ length: on the device ----------------------------- ]
+    [ -------------------------- length: known or on the device ------------------------ ]
     [ --------- num_tokens: known to the host -------- ][ in_flight: drawn, not yet seen ]
     [ ---- num_computed: K and V written ---- ][ --------- num_pending: to compute ------ ]
 
-`num_to_compute` is where `num_computed` ends: the last token drawn is never read.
+`num_to_compute` is where `num_computed` ends: the last token drawn is never read. The device knows
+all of `length` but for the `unsent` tokens at its end, which the host foresaw.
 """
 
 import enum
@@ -50,6 +51,7 @@ class Request:
     logprobs: Logprobs | None = None  # where some are asked for
     states: StateBooks | None = None  # hidden ones, where some are asked for
     matcher: Any = None  # a `Matcher`, where a grammar says which tokens may come
+    skips_forced: bool = False  # tokens that it leaves no choice of are not drawn
     processor: Any = None  # a `CustomLogitProcessor`
     stop_text: Any = None  # `results.StopText`, where there are stop strings
     stream_interval: int | None = None  # None: report the end only
@@ -67,6 +69,7 @@ class Request:
 
     status: Status = Status.WAITING
     order: tuple = ()  # place in the queue
+    unsent: list[int] = field(default_factory=list)
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     path: list[Node] = field(default_factory=list)  # the prefix tree's nodes of the first pages
@@ -114,6 +117,13 @@ class Request:
     def can_run(self) -> bool:
         """Whether a step has something to compute for it, as far as is known one step ahead."""
         return self.num_computed < self.num_to_compute
+
+    def foresee(self, token: int) -> None:
+        """Adds a token that is sure to come next, be it in flight or not."""
+        self.output_ids.append(token)
+        if self.num_tokens > self.length:
+            self.unsent.append(token)
+            self.length = self.num_tokens
 
     def publish(self, weight_version: str) -> None:
         """Makes the present state visible to the caller's thread."""

@@ -22,7 +22,7 @@ from jaxengine.profiling import launch_annotations
 from jaxengine.request import Request
 from jaxengine.request_state import RequestState
 from jaxengine.sampling.masks import everything
-from jaxengine.step_plan import StepPlan
+from jaxengine.step_plan import MAX_NEW_TOKENS, StepPlan
 from jaxengine.step_programs import INSTALL, StepPrograms
 
 logger = logging.getLogger("jaxengine")
@@ -217,17 +217,23 @@ class Runner:
 
     def _packed_rows(self, plan: StepPlan, num_rows: int, variant: Variant) -> np.ndarray:
         packed = self._padding_rows(num_rows, variant)
-        fields = [row[1:] for row in plan.rows]  # all but the request
-        packed[: len(plan.rows), :NUM_ROW_FIELDS] = fields
+        fields, new_tokens, ids = variant.split(packed)
+        # All but the request and the tokens that it brings along.
+        fields[: len(plan.rows)] = [row[1 : NUM_ROW_FIELDS + 1] for row in plan.rows]
+        if plan.pauses:
+            for index, row in enumerate(plan.rows):
+                new_tokens[index, MAX_NEW_TOKENS - len(row.new_tokens) :] = row.new_tokens
         if variant.wanted is not None:
             for index, row in enumerate(plan.rows):
-                ids = row.request.logprobs.ids if row.request.logprobs else ()
-                packed[index, NUM_ROW_FIELDS:][: len(ids)] = ids
+                asked = row.request.logprobs.ids if row.request.logprobs else ()
+                ids[index, : len(asked)] = asked
         return packed
 
     def _padding_rows(self, num_rows: int, variant: Variant) -> np.ndarray:
         packed = np.zeros((num_rows, variant.num_fields), np.int32)
-        packed[:, RowInputs._fields.index("slots")] = self._num_slots
+        fields, new_tokens, _ = variant.split(packed)
+        fields[:, RowInputs._fields.index("slots")] = self._num_slots
+        new_tokens[:] = -1
         return packed
 
     def _warm_up(self) -> None:

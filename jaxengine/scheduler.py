@@ -16,7 +16,7 @@ from typing import Any
 from jaxengine.pages import PagePool
 from jaxengine.prefix_tree import Node, PrefixTree
 from jaxengine.request import Request, Status
-from jaxengine.step_plan import Row, StepPlan, states_of, wanted_of
+from jaxengine.step_plan import MAX_NEW_TOKENS, Row, StepPlan, states_of, wanted_of
 from jaxengine.waiting import WaitingQueue
 
 # Share of the output it is allowed that a request is expected to need: where the guess begins, how
@@ -152,7 +152,7 @@ class Scheduler:
             num_steps,
             wanted=wanted_of(asking),
             states=states_of(asking),
-            pauses=any(row.num_draws and row.request.pauses for row in asking),
+            pauses=any((row.num_draws or row.new_tokens) and row.request.pauses for row in asking),
         )
 
     def _num_steps(self, decoding: Sequence[Request]) -> int:
@@ -182,6 +182,9 @@ class Scheduler:
         """The next `query_len` tokens of a request, and the one that each further step draws and
         reads; from here on they all count as computed."""
         start, new_page, num_draws = request.num_computed, 0, 0
+        new_tokens: tuple[int, ...] = ()
+        if request.unsent:
+            query_len, new_tokens = self._take_unsent(request, query_len)
         end = start + query_len
         if end == request.length and request.max_new_tokens > 0:
             num_draws = min(num_steps, request.num_to_compute - end + 1)
@@ -191,7 +194,17 @@ class Scheduler:
         if end > len(request.pages) * self.page_size:
             [new_page] = self._allocate(1)
             request.pages.append(new_page)
-        return Row(request, request.slot, start, query_len, new_page, num_draws)
+        return Row(request, request.slot, start, query_len, new_page, num_draws, new_tokens)
+
+    def _take_unsent(self, request: Request, query_len: int) -> tuple[int, tuple[int, ...]]:
+        """How many tokens a row can read of those that are asked for, and those it brings along. It
+        has room for a few, and for one page that is not in its table."""
+        num_sent = request.length - len(request.unsent) - request.num_computed
+        query_len = min(query_len, num_sent + MAX_NEW_TOKENS, self.page_size)
+        num_new = max(query_len - num_sent, 0)
+        new_tokens = tuple(request.unsent[:num_new])
+        del request.unsent[:num_new]
+        return query_len, new_tokens
 
     # Admission
 
@@ -233,8 +246,9 @@ class Scheduler:
         request.pages = [node.page for node in path] + new_pages
         request.num_computed = len(path) * self.page_size
         if request.num_cached is None:
-            request.num_cached = request.num_computed
+            request.num_cached = min(request.num_computed, len(request.prompt_ids))
         request.slot = self._free_slots.pop()
+        request.unsent.clear()  # all tokens come with it
         request.status = Status.RUNNING
         self.running.append(request)
         return True
@@ -277,7 +291,7 @@ class Scheduler:
         return -(-num_tokens // self.page_size)
 
     def _needs_page(self, request: Request) -> bool:
-        return request.num_computed == len(request.pages) * self.page_size
+        return request.length > len(request.pages) * self.page_size
 
     def _forget_prefixes(self) -> None:
         self.pool.free(self.tree.evict(self.tree.num_evictable))

@@ -7,6 +7,8 @@ from jaxengine.hidden_states import WantedStates, merged_states
 from jaxengine.logprobs import Wanted, merged
 from jaxengine.request import Request
 
+MAX_NEW_TOKENS = 16  # that a row may bring along
+
 
 class Row(NamedTuple):
     """`query_len` tokens of a request, from position `start`."""
@@ -17,6 +19,14 @@ class Row(NamedTuple):
     query_len: int
     new_page: int  # the one page that the row comes to need and that is not in its table, or 0
     num_draws: int  # 0 where the next token is known; beyond 1 the row goes on from what it drew
+    new_tokens: tuple[int, ...] = ()  # the last that it reads, where only the host knows them yet
+
+    @property
+    def foreseen(self) -> int | None:
+        """The token behind the row, where the host knows it already."""
+        outputs = self.request.output_ids
+        index = self.start + self.query_len - len(self.request.prompt_ids)
+        return outputs[index] if 0 <= index < len(outputs) else None
 
 
 class StepPlan(NamedTuple):

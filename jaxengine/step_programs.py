@@ -15,7 +15,7 @@ from jaxengine import drawing, programs
 from jaxengine.compiling import Bucket
 from jaxengine.executables import Executables
 from jaxengine.functions import NO_FUNCTIONS, Functions
-from jaxengine.launch import NUM_ROW_FIELDS, Asked, Options, Variant
+from jaxengine.launch import Asked, Options, Variant
 from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.request import Request
@@ -215,16 +215,17 @@ class StepPrograms:
 
     def _step(self, params, cache, changing, settings, rows, *, bucket, variant):
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
+        rows, new_tokens, options = self._options(rows, variant)
         run: Callable[..., Any]
         if variant.part == "embed":
             run = partial(programs.embed, num_tokens=bucket.num_tokens)
         elif variant.part == "read":
-            run = partial(programs.read, num_tokens=None if bucket.num_steps else bucket.num_tokens)
+            num_tokens = None if bucket.num_steps else bucket.num_tokens
+            run = partial(programs.read, num_tokens=num_tokens, new_tokens=new_tokens)
         elif bucket.num_steps:
             run = partial(programs.decode, num_steps=bucket.num_steps)
         else:
             run = partial(programs.extend, num_tokens=bucket.num_tokens)
-        rows, options = self._options(rows, variant)
         cache, state, *made = run(
             model, cache, RequestState(*changing, settings=settings), rows, options=options
         )
@@ -232,7 +233,7 @@ class StepPrograms:
         return cache, _split(state)[0], *made
 
     def _draw(self, changing, settings, rows, logits, other, *, variant):
-        rows, options = self._options(rows, variant)
+        rows, _, options = self._options(rows, variant)
         state = RequestState(*changing, settings=settings)
         if variant.part == "adjust":
             return (drawing.adjusted_logits(state, rows, logits, other),)
@@ -240,11 +241,12 @@ class StepPrograms:
         state, told = run(state, rows, logits, other, options=options)
         return _split(state)[0], told
 
-    def _options(self, rows: jax.Array, variant: Variant) -> tuple[jax.Array, Options]:
-        """The rows without what is asked about them, and all that a program is made for."""
-        rows, ids = rows[:, :NUM_ROW_FIELDS], rows[:, NUM_ROW_FIELDS:]
+    def _options(self, rows: jax.Array, variant: Variant) -> tuple[jax.Array, jax.Array, Options]:
+        """The rows' own fields, the tokens that they bring along, and all that a program is made
+        for."""
+        rows, new_tokens, ids = variant.split(rows)
         asked = variant.wanted and Asked(variant.wanted, ids, self._has_raw_logprobs)
-        return rows, Options(asked, variant.states, self.functions, self._kernels)
+        return rows, new_tokens, Options(asked, variant.states, self.functions, self._kernels)
 
     def _placed(self, shapes: Any) -> Any:
         sharding = jax.sharding.SingleDeviceSharding(self.device)

@@ -54,6 +54,7 @@ def make_request(
     rid: str = "request",
     priority: int = 0,
     stop_token_ids: Collection[int] = (),
+    skips_forced: bool = False,
 ) -> Request:
     return Request(
         rid=rid,
@@ -63,6 +64,8 @@ def make_request(
         stop_token_ids=frozenset(stop_token_ids),
         seed=0,
         priority=priority,
+        matcher=object() if skips_forced else None,
+        skips_forced=skips_forced,
     )
 
 
@@ -96,6 +99,9 @@ class FakeRunner:
             self._install(request, starts[request.rid])
         for row in plan.rows:
             self._set_new_page(row)
+            for token in row.new_tokens:
+                assert plan.pauses, "no other step takes tokens along"
+                self.slot(row).append(token)
         drawn: list[list[int]] = [[] for _ in plan.rows]
         for step in range(max(plan.num_steps, 1)):
             going = [i for i, row in enumerate(plan.rows) if step < max(row.num_draws, 1)]

@@ -307,3 +307,12 @@ def test_numbers_travel_by_their_bits() -> None:
     assert params["table"][2].tolist() == given["table"]
     np.testing.assert_array_equal(params["token"], [3, 3, 3, 3])
     assert memory == {}
+
+
+def test_those_that_remember_are_known() -> None:
+    counts = LogitsProcessor(function=count_up, init=lambda params: 0)
+    functions = registered({"only": only, "counts": counts}, None, None)
+    assert functions.remembers(["only", "counts"]) and not functions.remembers(["only"])
+    remembering = Sampler(function=count_up, init=lambda params: 0)
+    assert registered({"only": only}, remembering, None).remembers([])
+    assert not registered(None, Sampler(function=second), None).remembers([])

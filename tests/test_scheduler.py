@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxengine.request import Request, Status
 from jaxengine.scheduler import Scheduler
-from jaxengine.step_plan import Row, StepPlan
+from jaxengine.step_plan import MAX_NEW_TOKENS, Row, StepPlan
 
 ABORTED = {"type": "abort"}
 ENDED = {"type": "length"}
@@ -41,6 +41,7 @@ class Host:
         self.lengths: dict[Request, int] = {}  # tokens that the device knows
         self.starts: dict[Request, int] = {}  # where the next row of a running request begins
         self.admitted: dict[Request, int] = {}  # and found cached, in order of first admission
+        self.foresight = random.Random(0)  # how many tokens a grammar leaves no choice of
 
     @property
     def live(self) -> list[Request]:
@@ -52,6 +53,8 @@ class Host:
         self.requests.append(request)
         self.lengths[request] = len(prompt_ids)
         self.scheduler.add(request)
+        if max_new_tokens:
+            self._foresee(request)
         return request
 
     def step(self, overlaps: bool = False) -> StepPlan | None:
@@ -109,16 +112,34 @@ class Host:
         if not tokens:
             if request.status is Status.RUNNING and not request.can_run and not request.in_flight:
                 self.scheduler.finish(request, ENDED)
+        is_foreseen = row.foreseen is not None
         for token in tokens:
             if request.status is Status.FINISHED:  # the rest was drawn for nobody
                 return
             if token == NOT_FINITE:
                 self.scheduler.finish(request, BROKEN, keeps_prefix=False)
                 return
+            if is_foreseen:
+                assert request.skips_forced and token == row.foreseen
+                return
             request.output_ids.append(token)
-            is_last = len(request.output_ids) == request.max_new_tokens
-            if token in request.stop_token_ids or is_last:
-                self.scheduler.finish(request, ENDED)
+            self._end_with(request, token)
+            self._foresee(request)
+
+    def _foresee(self, request: Request) -> None:
+        if request.skips_forced:
+            known = len(request.output_ids)
+            count = self.foresight.choice([0, 0, 1, 2, 5, 2 * MAX_NEW_TOKENS])
+            limit = min(known + count, request.max_new_tokens)
+            for token in naive_output(request.prompt_ids, limit)[known:]:
+                if request.status is not Status.FINISHED:
+                    request.foresee(token)
+                    self._end_with(request, token)
+
+    def _end_with(self, request: Request, token: int) -> None:
+        is_last = len(request.output_ids) == request.max_new_tokens
+        if token in request.stop_token_ids or is_last:
+            self.scheduler.finish(request, ENDED)
 
     def _doubt(self, plan: StepPlan) -> None:
         requests = [row.request for row in plan.rows]
@@ -136,14 +157,17 @@ class Host:
 
     def _doubt_admission(self, request: Request, row: Row) -> None:
         self.starts[request] = row.start
+        if request.skips_forced:
+            self.lengths[request] = max(self.lengths[request], request.num_tokens)
         assert self.lengths[request] == request.num_tokens, "admitted before its token was seen"
         assert row.start % self.options["page_size"] == 0
         assert self.options.get("shares_prefixes", True) or row.start == 0
         if request in self.admitted:
             assert request.num_retractions > 0
             return
-        assert request.num_cached == row.start < len(request.prompt_ids)
-        self.admitted[request] = row.start
+        assert row.start < request.num_tokens
+        self.admitted[request] = min(row.start, len(request.prompt_ids))
+        assert request.num_cached == self.admitted[request]
         if self.options.get("policy", "fcfs") == "fcfs":
             rank = self._rank(request)
             assert all(self._rank(r) > rank for r in self.live if r not in self.admitted)
@@ -157,8 +181,11 @@ class Host:
         request, end = row.request, row.start + row.query_len
         assert request.status is Status.RUNNING and request.slot == row.slot
         assert row.query_len > 0 and row.start == self.starts[request]
+        self.lengths[request] += len(row.new_tokens)
+        assert len(row.new_tokens) <= MAX_NEW_TOKENS
         assert end <= self.lengths[request]
-        assert (row.num_draws > 0) == (end == self.lengths[request] and request.max_new_tokens > 0)
+        has_all = end == self.lengths[request] and not request.unsent
+        assert (row.num_draws > 0) == (has_all and request.max_new_tokens > 0)
         assert row.num_draws <= max(plan.num_steps, 1)
         self.starts[request] = end + max(row.num_draws - 1, 0)
         self.lengths[request] += row.num_draws
@@ -661,14 +688,16 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         stops=st.booleans(),
         priority=st.integers(0, 2),
         copies=st.integers(1, 3),
+        skips_forced=st.booleans(),
     )
-    def add(self, prompt_ids, max_new_tokens, stops, priority, copies) -> None:
+    def add(self, prompt_ids, max_new_tokens, stops, priority, copies, skips_forced) -> None:
         for _ in range(copies):
             self.host.add(
                 prompt_ids,
                 max_new_tokens,
                 priority=priority,
                 stop_token_ids=[2] if stops else [],
+                skips_forced=skips_forced,
             )
 
     @precondition(lambda self: self.host.requests)
@@ -747,7 +776,8 @@ def test_ten_thousand_steps_under_pressure_lose_nothing(overlaps, decode_steps):
     for _ in range(10_000):
         if len(host.live) < 12:
             tail = [rng.randrange(3) for _ in range(rng.randint(0, 6))]
-            host.add(rng.choice(prompts) + tail, rng.randint(0, 40))
+            skips_forced = rng.random() < 0.3
+            host.add(rng.choice(prompts) + tail, rng.randint(0, 40), skips_forced=skips_forced)
         if rng.random() < 0.02 and host.live:
             host.abort(rng.choice(host.live))
         host.step(overlaps)

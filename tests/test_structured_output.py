@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from engines import SMALL, InBackground, check_books
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from test_grammar import SCHEMAS
 
 import jaxengine
+from jaxengine.sampling.masks import num_words
+from jaxengine.sampling_params import GrammarSpec
 
 PROMPTS = ["The import statement", "A dictionary is", "for", "A function definition"]
 SCHEMA = json.dumps(
@@ -140,6 +143,113 @@ def test_a_bad_grammar_fails_its_own_call_alone(engine: jaxengine.Engine) -> Non
 def test_without_a_tokenizer_a_form_is_refused(make_engine: Any) -> None:
     with pytest.raises(ValueError, match="json_schema: structured output needs a tokenizer"):
         make_engine().generate(input_ids=[5, 6], sampling_params={"json_schema": "{}"})
+
+
+LITERAL = '{"identifier of the thing": "none", "numbers": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "n": '
+FORCED = {
+    "at the beginning": (re.escape(LITERAL) + "[0-9]", LITERAL),
+    "between": ("[xy]" + re.escape(LITERAL) + "[0-9]" + re.escape(LITERAL) + "z?", LITERAL),
+}
+
+
+def steps_of(engine: jaxengine.Engine, *prompt: Any, **more: Any) -> tuple[Any, int]:
+    before = engine._loop.num_steps
+    return engine.generate(*prompt, **more), engine._loop.num_steps - before
+
+
+@pytest.mark.parametrize("where", FORCED)
+def test_tokens_without_a_choice_take_few_steps(engine: jaxengine.Engine, where: str) -> None:
+    regex, literal = FORCED[where]
+    params = sampling(regex=regex, temperature=0.0)
+    results, num_steps = steps_of(engine, PROMPTS, params)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        assert re.fullmatch(regex, result["text"]) and literal in result["text"]
+        assert len(result["output_ids"]) > 4 * num_steps
+        check_every_choice(engine, prompt, result, params)
+
+
+def check_every_choice(engine: jaxengine.Engine, prompt: str, result: Any, params: Any) -> None:
+    """Each token is the only one that may come, or the likeliest of those, as requests of one token
+    tell it."""
+    ids, prompt_ids = result["output_ids"], engine.tokenizer.encode(prompt)
+    vocab_size = engine._started.limits.vocab_size
+    matcher = (
+        engine._started.grammars.compile(GrammarSpec("regex", params["regex"])).result().clone()
+    )
+    mask = np.zeros(num_words(vocab_size), np.int32)
+    asked, forced = [], matcher.forced_tokens()
+    for index, token in enumerate(ids):
+        if forced:
+            assert token == forced.pop(0)
+        else:
+            matcher.fill(mask)
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            asked.append((prompt_ids + ids[:index], allowed.tolist(), token))
+        matcher.accept(token)
+        forced = forced or matcher.forced_tokens()
+    prompts, allowed, drawn = zip(*asked, strict=True)
+    told = engine.generate(
+        input_ids=list(prompts),
+        sampling_params={"max_new_tokens": 0},
+        return_logprob=True,
+        token_ids_logprob=list(allowed),
+    )
+    for each, token in zip(told, drawn, strict=True):
+        [entries] = each["meta_info"]["output_token_ids_logprobs"]
+        assert max(entries)[1] == token
+
+
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        ({"max_new_tokens": 7}, {"type": "length", "length": 7}),
+        ({"stop": "thing"}, {"type": "stop", "matched": "thing"}),
+        ({"stop_regex": "3, 4"}, {"type": "stop", "matched": "3, 4"}),
+    ],
+)
+@pytest.mark.parametrize("where", FORCED)
+def test_a_completion_may_end_among_them(
+    engine: jaxengine.Engine, where: str, more: Any, reason: Any
+) -> None:
+    regex, literal = FORCED[where]
+    result = engine.generate(PROMPTS[0], sampling(regex=regex, **more))
+    assert result["meta_info"]["finish_reason"] == reason
+    shown = result["text"].lstrip("xy")
+    assert shown and literal.startswith(shown)
+    assert "stop" not in more or more["stop"] not in shown
+    told = engine.generate(PROMPTS[0], sampling(regex=regex, **more), return_logprob=True)
+    assert told["meta_info"]["finish_reason"] == reason
+
+
+def test_what_is_told_or_remembered_of_each_token_is_of_each(engine: jaxengine.Engine) -> None:
+    regex, _ = FORCED["between"]
+    for asked in (dict(return_logprob=True), dict(return_hidden_states="last")):
+        result, num_steps = steps_of(engine, PROMPTS[0], sampling(regex=regex), **asked)
+        assert num_steps >= len(result["output_ids"])
+    told = result["meta_info"]["hidden_states"]
+    assert len(told) > 0
+
+
+def test_a_stream_has_them_as_they_come(engine: jaxengine.Engine) -> None:
+    regex, literal = FORCED["at the beginning"]
+    chunks = list(engine.generate(PROMPTS[0], sampling(regex=regex), stream=True))
+    assert chunks[0]["text"] == literal or literal.startswith(chunks[0]["text"])
+    assert [len(each["output_ids"]) for each in chunks] == sorted(
+        {len(each["output_ids"]) for each in chunks}
+    )
+    assert re.fullmatch(regex, chunks[-1]["text"])
+
+
+def test_they_survive_a_pool_that_is_too_small(make_engine: Any) -> None:
+    sizes: dict[str, Any] = SMALL | dict(max_total_tokens=256, schedule_conservativeness=0.0)
+    with jaxengine.Engine(**sizes) as engine:
+        check_books(engine)
+        regex, _ = FORCED["between"]
+        params = sampling(regex=regex, temperature=0.0)
+        together = engine.generate(PROMPTS * 4, params)
+        for prompt, result in zip(PROMPTS * 4, together, strict=True):
+            assert result["output_ids"] == engine.generate(prompt, params)["output_ids"]
+        assert sum(result["meta_info"]["total_retractions"] for result in together) > 0
 
 
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])

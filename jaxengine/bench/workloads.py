@@ -43,7 +43,8 @@ workloads:
   step-B       B prompts of 1024; (time for 129 tokens - time for 1) / 128, greedy: ms per step
   prefill-B    B prompts of 1024, 1 token out: prompt tokens a second
   prefill-4k   32 prompts of 4096, 1 token out: prompt tokens a second
-  json-B       step-B under a JSON schema, temperature 1; needs a tokenizer
+  json-B       step-B under a JSON schema, temperature 1, where a forced token takes no step of its
+               own; needs a tokenizer
   score        64 prompts of 1024 and the log-probability of each of their tokens, 1 token out
   choice       4 continuations of 8 tokens of each of 64 contexts of 512, and the log-probability of
                each of their tokens: prompt tokens a second, where each context counts 4 times
