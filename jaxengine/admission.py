@@ -72,6 +72,18 @@ def make_request(
     )
 
 
+def link_groups(entries: Sequence[Entry], requests: Sequence[Request]) -> None:
+    """Tells requests which others they draw with: those of the same group. Of samples the first of
+    one prompt goes with the first of another, and so on."""
+    groups: dict[Any, list[Request]] = {}
+    for entry, request in zip(entries, requests, strict=True):
+        if entry.sampling.group is not None:
+            groups.setdefault((entry.sampling.group, entry.sample), []).append(request)
+    for group in groups.values():
+        for request in group:
+            request.group = tuple(group) if len(group) > 1 else ()
+
+
 def _logprobs(asked: AskedLogprobs, prompt_len: int, limits: Limits) -> Logprobs:
     """The books of what is asked.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
-from jaxengine.admission import make_request
+from jaxengine.admission import link_groups, make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_control import ControlMethods
 from jaxengine.engine_embedding import EmbeddingMethods
@@ -289,6 +289,7 @@ class Engine(
             except ValueError as error:
                 where = f"prompt {index // entry.sampling.n}: " if len(entries) > 1 else ""
                 raise ValueError(f"{where}{error}") from None
+        link_groups(entries, requests)
         return requests
 
     def _request(self, entry: Entry, ids: Sequence[int], stream: bool) -> Request:
@@ -309,12 +310,13 @@ class Engine(
         return request
 
     def _skips_forced(self, request: Request) -> bool:
-        """Not where something is to be told or remembered of each token drawn, and not where rows
-        that read hold up rows that decode."""
+        """Not where something is told or remembered of each token, nor in a group, which draws side
+        by side, nor where rows that read hold up rows that decode."""
         tells = not (request.logprobs is request.states is request.processor is None)
         remembers = self._started.limits.functions.remembers(request.sampling.functions)
+        is_alone = request.sampling.group is None
         goes_on = request.max_new_tokens > 0 and self.server_args.enable_mixed_chunk
-        return goes_on and not tells and not remembers
+        return is_alone and goes_on and not tells and not remembers
 
     def _encode(self, text: str) -> list[int]:
         if self._started.tokenizer is None:

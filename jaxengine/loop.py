@@ -270,6 +270,8 @@ class Loop:
             self.last_step_time = time.monotonic()
             self._window = (self.last_step_time, self.num_output_tokens)
         for request in requests:
+            self.scheduler.check(request)
+        for request in requests:
             self._live[request.rid] = request
             self.scheduler.add(request)
             if request.skips_forced:

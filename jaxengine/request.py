@@ -50,6 +50,7 @@ class Request:
     priority: int = 0
     logprobs: Logprobs | None = None  # where some are asked for
     states: StateBooks | None = None  # hidden ones, where some are asked for
+    group: tuple["Request", ...] = ()  # those, with itself, whose tokens are drawn side by side
     matcher: Any = None  # a `Matcher`, where a grammar says which tokens may come
     skips_forced: bool = False  # tokens that it leaves no choice of are not drawn
     processor: Any = None  # a `CustomLogitProcessor`
@@ -96,6 +97,11 @@ class Request:
     @property
     def num_pending(self) -> int:
         return self.length - self.num_computed
+
+    @property
+    def mates(self) -> tuple["Request", ...]:
+        """All of its group, or itself."""
+        return self.group or (self,)
 
     @property
     def pauses(self) -> bool:

@@ -87,6 +87,7 @@ class SamplingParams:
     logits_processors: str | list[str] | tuple[str, ...] | None = None  # registered ones, by name
     interventions: str | list[str] | tuple[str, ...] | None = None
     custom_params: dict[str, Any] | None = None  # of these, and of a custom logit processor
+    group: str | int | None = None  # requests of a call and of one group draw in the same steps
     stream_interval: int | None = None  # None: the engine's
     logit_bias: Mapping[str | int, float] | None = None
     sampling_seed: int | None = None  # None: the engine draws one
@@ -202,6 +203,8 @@ class SamplingParams:
         params = self.custom_params
         if params is not None and not isinstance(params, Mapping):
             raise ValueError(f"custom_params: expected a dict, got {params!r}")
+        if not isinstance(self.group, str | int | None):
+            raise ValueError(f"group: expected a name or a number, got {self.group!r}")
 
     def _set_stops(self) -> None:
         for name, limit in (

@@ -13,8 +13,8 @@ by rows of the very step that writes them: a layer writes the K and V of all row
 from collections.abc import Sequence
 from typing import Any
 
-from jaxengine.pages import PagePool
-from jaxengine.prefix_tree import Node, PrefixTree
+from jaxengine.kv_pool import KVPool
+from jaxengine.prefix_tree import Node
 from jaxengine.request import Request, Status
 from jaxengine.step_plan import MAX_NEW_TOKENS, Row, StepPlan, states_of, wanted_of
 from jaxengine.waiting import WaitingQueue
@@ -50,10 +50,7 @@ class Scheduler:
     ):
         if decode_steps > page_size:
             raise ValueError(f"decode_steps: expected at most {page_size}, got {decode_steps}")
-        self.page_size = page_size
-        self.pool = PagePool(num_pages)
-        self.tree = PrefixTree(page_size)
-        self.shares_prefixes = shares_prefixes
+        self.kv = KVPool(num_pages, page_size, shares_prefixes)
         self.running: list[Request] = []
         self.is_halted = False  # by `Engine.pause_generation`: nothing is scheduled
         self._waiting = WaitingQueue(policy, uses_priority, low_priority_first, random_seed)
@@ -83,14 +80,24 @@ class Scheduler:
         """Whether there is nothing to schedule before somebody calls."""
         return self.is_halted or self.is_idle
 
-    def add(self, request: Request) -> None:
-        """Queues a new request; ValueError if the pool could not hold it even alone."""
-        num_pages = self._num_pages(request.num_to_compute)
-        if num_pages > self.pool.num_pages:
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a new request that could not run, with its group, even alone."""
+        num_pages = sum(self.kv.num_pages(mate.num_to_compute) for mate in request.mates)
+        size = len(request.group)
+        who = f"group: {size} requests that run at once" if size else f"request {request.rid}"
+        if num_pages > self.kv.pool.num_pages:
             raise ValueError(
-                f"request {request.rid} needs {num_pages} pages of the KV pool, which has "
-                f"{self.pool.num_pages}; shorten it or raise max_total_tokens"
+                f"{who}: expected at most {self.kv.pool.num_pages} pages, all of the KV pool, got "
+                f"{num_pages}; ask for fewer tokens or raise max_total_tokens"
             )
+        if size > self._max_running:
+            raise ValueError(
+                f"{who}: expected at most max_running_requests = {self._max_running}; raise it, or "
+                "make the group smaller"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queues a new request; one of a group with all others of it, before the next step."""
         self._waiting.add(request)
 
     def finish(self, request: Request, reason: dict[str, Any], keeps_prefix: bool = True) -> None:
@@ -106,17 +113,17 @@ class Scheduler:
     def flush_cache(self) -> bool:
         """Forgets every cached prefix; refused while a request runs or waits."""
         if self.is_idle:
-            self._forget_prefixes()
+            self.kv.forget_prefixes()
         return self.is_idle
 
     def start_over(self) -> int:
         """Sends back whatever runs and forgets every prefix, so that nothing which was computed is
         used again; returns how many requests ran. Their outputs so far stay."""
-        running = list(self.running)
-        for request in running:
-            self._retract(request)
-        self._forget_prefixes()
-        return len(running)
+        num_running = len(self.running)
+        while self.running:
+            self._retract(self.running[-1])
+        self.kv.forget_prefixes()
+        return num_running
 
     # One step
 
@@ -129,7 +136,10 @@ class Scheduler:
         decoding: list[Request] = []
         reading: list[Request] = []
         for request in runnable:
-            (decoding if request.num_pending == 1 else reading).append(request)
+            if request.num_pending > 1:
+                reading.append(request)
+            elif not request.group or _can_draw(request):
+                decoding.append(request)
         num_steps = 1 if reading or has_retracted else self._num_steps(decoding)
         rows: list[Row] = []
         if self._mixes_decode:
@@ -159,12 +169,15 @@ class Scheduler:
         """Steps to decode in one launch: several if all there is to do is decoding, nobody waits
         for each token or has a say in it, and every row could have a page."""
         has_candidates = self.num_waiting > 0 and not self._holds_back
-        has_many = len(decoding) > min(self._max_decode_rows, self._num_available)
+        has_many = len(decoding) > min(self._max_decode_rows, self.kv.num_available)
         if has_candidates or has_many or not decoding:
             return 1
         longest = max(request.num_to_compute - request.num_computed for request in decoding)
         at_once = min(1 if r.pauses else r.stream_interval or longest for r in decoding)
-        return self._decode_steps if min(longest, at_once) >= self._decode_steps else 1
+        # In a group none draws beyond the end of another.
+        ends = (r.num_to_compute - r.num_computed for r in decoding if r.group)
+        shortest = min(ends, default=longest)
+        return self._decode_steps if min(shortest, at_once) >= self._decode_steps else 1
 
     def _decode(self, rows: list[Row], requests: Sequence[Request], num_steps: int) -> None:
         rows.extend(self._row(request, 1, num_steps) for request in requests[: self._chunk_size])
@@ -173,9 +186,12 @@ class Scheduler:
         """Adds rows of prompts that are being read; returns what is left of `budget` tokens."""
         for request in requests:
             if budget:
-                rows.append(self._row(request, min(request.num_pending, budget)))
+                # The last token of one in a group is read when all of that can draw.
+                rows.append(
+                    self._row(request, min(request.num_pending - bool(request.group), budget))
+                )
                 budget -= rows[-1].query_len
-                self._share_pages(request)
+                self.kv.share(request)
         return budget
 
     def _row(self, request: Request, query_len: int, num_steps: int = 1) -> Row:
@@ -191,16 +207,15 @@ class Scheduler:
             request.length += num_draws
             end += num_draws - 1
         request.num_computed = end
-        if end > len(request.pages) * self.page_size:
-            [new_page] = self._allocate(1)
-            request.pages.append(new_page)
+        if end > len(request.pages) * self.kv.page_size:
+            new_page = self.kv.grow(request)
         return Row(request, request.slot, start, query_len, new_page, num_draws, new_tokens)
 
     def _take_unsent(self, request: Request, query_len: int) -> tuple[int, tuple[int, ...]]:
         """How many tokens a row can read of those that are asked for, and those it brings along. It
         has room for a few, and for one page that is not in its table."""
         num_sent = request.length - len(request.unsent) - request.num_computed
-        query_len = min(query_len, num_sent + MAX_NEW_TOKENS, self.page_size)
+        query_len = min(query_len, num_sent + MAX_NEW_TOKENS, self.kv.page_size)
         num_new = max(query_len - num_sent, 0)
         new_tokens = tuple(request.unsent[:num_new])
         del request.unsent[:num_new]
@@ -221,86 +236,63 @@ class Scheduler:
         if not self.num_waiting or self._holds_back:
             return admitted
         reserve = sum(map(self._expected_pages, self.running))
-        has_room = not self.running or reserve < self._num_available
-        while has_room and budget and (window := self._waiting.take(self._num_shared)):
-            for request in window:
-                has_room = has_room and self._start(request, budget, reserve)
+        has_room = not self.running or reserve < self.kv.num_available
+        while has_room and budget and (window := self._waiting.take(self.kv.num_shared)):
+            for group in window:
+                has_room = has_room and self._start(group, budget, reserve)
                 if has_room:
-                    admitted.append(request)
-                    budget = self._read(rows, [request], budget)
-                    reserve += self._expected_pages(request)
+                    admitted += group
+                    budget = self._begin(rows, group, budget)
+                    reserve += sum(map(self._expected_pages, group))
                 else:
-                    self._waiting.put_back(request)
+                    self._waiting.put_back(group)
         return admitted
 
-    def _start(self, request: Request, budget: int, reserve: float) -> bool:
-        """Gives a waiting request slot and pages, or returns False where it has to wait on."""
-        if not budget or not self._free_slots or request.in_flight:
+    def _begin(self, rows: list[Row], group: Sequence[Request], budget: int) -> int:
+        """Adds the first rows of what was just started; returns what is left of `budget`."""
+        if group[0].group and _can_draw(group[0]):
+            self._decode(rows, group, num_steps=1)
+            return budget - len(group)
+        return self._read(rows, [r for r in group if r.num_pending > 1 or not r.group], budget)
+
+    def _start(self, group: Sequence[Request], budget: int, reserve: float) -> bool:
+        """Gives waiting requests slots and pages, or returns False where they have to wait on."""
+        if min(budget, len(self._free_slots)) < len(group) or any(r.in_flight for r in group):
             return False
-        path = self._match(request)
-        if not self._fits(request, path, budget, reserve):
+        paths = [self.kv.match(request) for request in group]
+        if not self._fits(group, paths, budget, reserve):
             return False
-        self.tree.lock(path)
-        new_pages = self._allocate(self._num_pages(request.length) - len(path))
-        request.path = path
-        request.pages = [node.page for node in path] + new_pages
-        request.num_computed = len(path) * self.page_size
-        if request.num_cached is None:
-            request.num_cached = min(request.num_computed, len(request.prompt_ids))
-        request.slot = self._free_slots.pop()
-        request.unsent.clear()  # all tokens come with it
-        request.status = Status.RUNNING
-        self.running.append(request)
+        self.kv.begin(group, paths)
+        for request in group:
+            if request.num_cached is None:
+                request.num_cached = min(request.num_computed, len(request.prompt_ids))
+            request.slot = self._free_slots.pop()
+            request.unsent.clear()  # all tokens come with it
+            request.status = Status.RUNNING
+            self.running.append(request)
         return True
 
-    def _fits(self, request: Request, path: Sequence[Node], budget: int, reserve: float) -> bool:
-        num_new = request.length - len(path) * self.page_size
+    def _fits(
+        self,
+        group: Sequence[Request],
+        paths: Sequence[Sequence[Node]],
+        budget: int,
+        reserve: float,
+    ) -> bool:
+        num_new = sum(r.length for r in group) - self.kv.page_size * sum(map(len, paths))
         if not self._can_chunk and budget < num_new <= self._chunk_size:
             return False  # some later step has room for all of it
-        needed: float = self._num_pages(request.length) - len(path)
+        needed: float = self.kv.num_needed(group, paths)
         if self.running:  # alone it has the whole pool
-            needed += reserve + self._expected_pages(request)
-        return needed <= self._num_available - sum(node.num_locks == 0 for node in path)
+            needed += reserve + sum(map(self._expected_pages, group))
+        return needed <= self.kv.num_available
 
     def _expected_pages(self, request: Request) -> float:
         """Pages a request will yet ask for, by guess: some share of the output it is allowed."""
         num_tokens = min(request.num_to_compute - request.length, GROWTH_MAX_TOKENS)
-        return self._growth * max(num_tokens, 0) / self.page_size
+        return self._growth * max(num_tokens, 0) / self.kv.page_size
 
-    def _match(self, request: Request) -> list[Node]:
-        if not self.shares_prefixes or not request.shares_prefix:
-            return []
-        tokens = request.token_ids
-        limit = len(tokens) - 1  # one token is left to draw from
-        if request.logprobs is not None:
-            limit = min(limit, request.logprobs.num_reusable(len(request.prompt_ids), limit))
-        if request.states is not None:
-            limit = min(limit, request.states.num_reusable(limit))
-        return self.tree.match(tokens, limit)
-
-    def _num_shared(self, request: Request) -> int:
-        return len(self._match(request))
-
-    # Pages
-
-    @property
-    def _num_available(self) -> int:
-        return self.pool.num_free + self.tree.num_evictable
-
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
-
-    def _needs_page(self, request: Request) -> bool:
-        return request.length > len(request.pages) * self.page_size
-
-    def _forget_prefixes(self) -> None:
-        self.pool.free(self.tree.evict(self.tree.num_evictable))
-
-    def _allocate(self, count: int) -> list[int]:
-        missing = count - self.pool.num_free
-        if missing > 0:
-            self.pool.free(self.tree.evict(missing))
-        return self.pool.allocate(count)
+    # Retraction
 
     def _retract_for_growth(self, runnable: list[Request]) -> bool:
         """Sends back the last comers of `runnable` until all others can have the page they need.
@@ -310,13 +302,13 @@ class Scheduler:
         but its own are then free or evictable (`PrefixTree.insert` keeps it so).
         """
         has_retracted = False
-        if len(runnable) <= self._num_available:
+        if len(runnable) <= self.kv.num_available:
             return has_retracted
-        num_needed = sum(map(self._needs_page, runnable))
-        while num_needed > self._num_available:
+        num_needed = sum(map(self.kv.lacks_page, runnable))
+        while num_needed > self.kv.num_available:
             last = max(runnable, key=lambda request: request.order)
-            runnable.remove(last)
-            num_needed -= self._needs_page(last)
+            num_needed -= sum(self.kv.lacks_page(r) for r in runnable if r in last.mates)
+            runnable[:] = [request for request in runnable if request not in last.mates]
             if runnable:
                 self._retract(last)
                 self._growth = min(1.0, self._growth + GROWTH_RAISE)
@@ -324,53 +316,37 @@ class Scheduler:
         return has_retracted
 
     def _retract(self, request: Request) -> None:
-        self._retracted.append((request, request.slot))
-        self._release(request)
-        request.num_computed = 0
-        request.num_retractions += 1
-        request.status = Status.WAITING
-        self._waiting.put_back(request)
+        """Sends back a request, with its group."""
+        group = [mate for mate in request.mates if mate.status is Status.RUNNING]
+        for mate in group:
+            self._retracted.append((mate, mate.slot))
+            self._release(mate)
+            mate.num_computed = 0
+            mate.num_retractions += 1
+            mate.status = Status.WAITING
+        self._waiting.put_back(group)
 
     def _take_retracted(self) -> tuple[tuple[Request, int], ...]:
         taken, self._retracted = tuple(self._retracted), []
         return taken
 
-    def _share_pages(self, request: Request, has_ended: bool = False) -> None:
-        """Puts the full pages so far into the prefix tree, where the host knows their tokens."""
-        if self.shares_prefixes and request.shares_prefix:
-            end = min(request.num_computed, request.num_tokens)
-            self.tree.insert(
-                request.path,
-                request.token_ids,
-                request.pages,
-                end,
-                passes_duplicates=has_ended,
-            )
-
     def _release(self, request: Request, keeps_prefix: bool = True) -> None:
-        """Takes slot and pages from a running request; pages in the tree stay there, unlocked."""
-        if keeps_prefix:
-            self._share_pages(request, has_ended=True)
-        in_tree = {node.page for node in request.path}
-        self.pool.free(page for page in request.pages if page not in in_tree)
-        self.tree.unlock(request.path)
-        if not keeps_prefix:
-            self.pool.free(self.tree.forget(request.path))
+        """Takes slot and pages from a running request."""
+        self.kv.end(request, keeps_prefix)
         self._free_slots.append(request.slot)
-        request.slot, request.pages, request.path = -1, [], []
+        request.slot = -1
         self.running.remove(request)
 
     def check_integrity(self) -> None:
-        """Raises unless every page and slot has exactly one owner, the locks of the prefix tree
-        are those of the running requests, and each of these has pages for its tokens."""
-        private = [page for r in self.running for page in r.pages[len(r.path) :]]
-        self.pool.check_integrity(private + [node.page for node in self.tree.nodes()])
-        self.tree.check_integrity([request.path for request in self.running])
+        """Raises unless every page and slot has exactly one owner."""
+        self.kv.check_integrity(self.running)
         slots = sorted(self._free_slots + [request.slot for request in self.running])
         if slots != list(range(self._max_running)):
             raise RuntimeError(f"slots corrupt: {slots}")
-        for request in self.running:
-            shared = [node.page for node in request.path]
-            has_enough = len(request.pages) >= self._num_pages(request.num_computed)
-            if request.pages[: len(shared)] != shared or not has_enough:
-                raise RuntimeError(f"pages of request {request.rid} corrupt: {request.pages}")
+
+
+def _can_draw(request: Request) -> bool:
+    """Whether the next step can draw for all of its group, as each has one token left to read."""
+    return all(
+        mate.num_pending == 1 for mate in request.mates if mate.status is not Status.FINISHED
+    )

@@ -1,9 +1,10 @@
-"""The requests that wait for admission, in a policy's order. It knows neither slots nor pages."""
+"""The requests that wait for admission, in a policy's order; those of a group wait as one. It knows
+neither slots nor pages."""
 
 import heapq
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxengine.request import Request, Status
 
@@ -32,34 +33,42 @@ class WaitingQueue:
         return self._num_waiting
 
     def add(self, request: Request) -> None:
-        """Gives a new request its place, which it keeps: by priority, policy and arrival."""
+        """Gives a new request its place, which it keeps: by priority, policy and arrival. That of a
+        group is its first one's."""
+        first = request.mates[0]
+        if request is not first:
+            request.order = first.order
+            self._num_waiting += 1
+            return
         by_policy = {"lof": -request.max_new_tokens, "random": self._random.random()}
         request.order = (
             self._priority_sign * request.priority,
             by_policy.get(self._policy, 0),
             next(self._num_arrived),
         )
-        self.put_back(request)
+        self.put_back([request])
 
-    def put_back(self, request: Request) -> None:
-        """Queues a request that was taken, or sent back, at the place it had."""
-        heapq.heappush(self._heap, (request.order, request))
-        self._num_waiting += 1
+    def put_back(self, group: Sequence[Request]) -> None:
+        """Queues requests that were taken together, or sent back, at the place they had."""
+        first = group[0].mates[0]  # which may have ended
+        heapq.heappush(self._heap, (first.order, first))
+        self._num_waiting += len(group)
 
-    def take(self, num_shared: Callable[[Request], int]) -> list[Request]:
-        """Takes the first request; by `lpm` the first few of one priority, most shared first."""
-        window: list[Request] = []
+    def take(self, num_shared: Callable[[Request], int]) -> list[list[Request]]:
+        """Takes the first request, with its group; by `lpm` the first few of one priority, most
+        shared first."""
+        window: list[list[Request]] = []
         limit = LPM_WINDOW if self._policy == "lpm" else 1
         while self._heap and len(window) < limit:
             order, request = self._heap[0]
-            if window and order[0] != window[0].order[0]:
+            if window and order[0] != window[0][0].order[0]:
                 break
             heapq.heappop(self._heap)
-            if request.status is Status.WAITING:
-                window.append(request)
-        if len(window) > 1:
-            window.sort(key=num_shared, reverse=True)  # stable: by arrival where they are equal
-        self._num_waiting -= len(window)
+            if waiting := [mate for mate in request.mates if mate.status is Status.WAITING]:
+                window.append(waiting)
+        if len(window) > 1:  # stable: by arrival where they are equal
+            window.sort(key=lambda group: max(map(num_shared, group)), reverse=True)
+        self._num_waiting -= sum(map(len, window))
         return window
 
     def drop(self) -> None:

@@ -60,7 +60,7 @@ def demo_engine(shared_engine: jaxengine.Engine) -> Iterator[jaxengine.Engine]:
     assert num_unfinished(shared_engine) == 0, "the test left a request running"
     assert shared_engine.flush_cache().success
     loop.call(loop.scheduler.check_integrity).result()
-    assert loop.scheduler.pool.num_free == loop.scheduler.pool.num_pages
+    assert loop.scheduler.kv.pool.num_free == loop.scheduler.kv.pool.num_pages
 
 
 @pytest.fixture(scope="session")

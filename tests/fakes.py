@@ -96,7 +96,7 @@ class FakeRunner:
         assert len(set(slots)) == len(slots), "two rows of a step have the same slot"
         starts = {row.request.rid: row.start for row in plan.rows}
         for request in plan.admitted:
-            self._install(request, starts[request.rid])
+            self._install(request, starts.get(request.rid, request.num_computed))
         for row in plan.rows:
             self._set_new_page(row)
             for token in row.new_tokens:

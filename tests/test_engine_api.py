@@ -42,6 +42,17 @@ def test_samples_of_a_prompt_are_a_flat_list(demo_engine):
     assert len(set(texts)) == 6 and texts[:3] == [result["text"] for result in of_one]
 
 
+def test_a_group_runs_at_once_or_not_at_all(demo_engine):
+    params = GREEDY | {"group": "together"}
+    expected = greedy(demo_engine, PROMPTS[:3])
+    together = demo_engine.generate(PROMPTS[:3], params | {"n": 2})
+    assert [each["text"] for each in together[::2]] == [each["text"] for each in expected]
+    with pytest.raises(ValueError, match="group: 5 requests .* max_running_requests = 4"):
+        demo_engine.generate(PROMPTS, params)
+    with pytest.raises(ValueError, match="group: expected a name or a number"):
+        demo_engine.generate(PROMPTS, GREEDY | {"group": ["a"]})
+
+
 def test_a_result_has_these_keys_and_no_others(demo_engine):
     before = time.time()
     result = demo_engine.generate(PROMPT, GREEDY, rid="mine")

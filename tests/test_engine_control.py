@@ -103,7 +103,7 @@ def test_other_modes_of_a_pause_are_refused(demo_engine):
 def test_methods_of_the_scheduler_are_called_on_its_thread(demo_engine, monkeypatch):
     demo_engine.generate(PROMPT * 8, GREEDY)
     scheduler = demo_engine._loop.scheduler
-    assert scheduler.tree.num_evictable > 0
+    assert scheduler.kv.tree.num_evictable > 0
     threads = []
     check = scheduler.check_integrity
     monkeypatch.setattr(
@@ -112,7 +112,7 @@ def test_methods_of_the_scheduler_are_called_on_its_thread(demo_engine, monkeypa
     demo_engine.collective_rpc("check_integrity")
     assert threads == [demo_engine._loop._thread]
     assert demo_engine.collective_rpc("flush_cache") is True
-    assert scheduler.tree.num_evictable == 0
+    assert scheduler.kv.tree.num_evictable == 0
 
 
 def test_no_other_method_is_called_from_afar(demo_engine):

@@ -145,7 +145,7 @@ def run(parts: Started, jobs: Sequence[Job], aborts: random.Random | None = None
     for _ in jobs:
         assert left.acquire(timeout=120), f"nothing more came; error {loop.error!r}"
     assert loop.call(scheduler.flush_cache).result()
-    assert scheduler.pool.num_free == scheduler.pool.num_pages
+    assert scheduler.kv.pool.num_free == scheduler.kv.pool.num_pages
     loop.stop()
     assert loop.error is None
     return sum(job.request.num_retractions for job in jobs)
@@ -213,7 +213,7 @@ def test_other_families_equal_the_naive_loop(
     parts, naive = started(tmp_path_factory, family, **overrides)
     jobs = draw_jobs(40, seed=6, temperature=0)
     variant: dict[str, Any] = dict(chunk_size=13, num_pages=SCARCE, conservativeness=0.0)
-    run(parts, jobs, shares_prefixes=parts.loop.scheduler.shares_prefixes, **variant)
+    run(parts, jobs, shares_prefixes=parts.loop.scheduler.kv.shares_prefixes, **variant)
     for job in jobs:
         assert job.request.output_ids == naive(job.prompt, job.params["max_new_tokens"])
     parts.loop.stop()

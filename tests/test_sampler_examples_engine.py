@@ -257,6 +257,25 @@ def test_a_guided_pair_writes_one_text(engine: Engine, reference: Any) -> None:
     assert ids(engine, order, texts) == [greedy, drawn, drawn, greedy]
 
 
+def test_many_pairs_and_long_ones_stay_together(engine: Engine) -> None:
+    """More than run at a time, and longer than a step reads."""
+    rng = np.random.default_rng(0)
+    lengths = [(3, 90), (150, 70), (1, 2), (64, 65), (20, 7), (129, 1)]
+    prompts = [rng.integers(20, 900, size).tolist() for pair in lengths for size in pair]
+    params = [
+        each
+        for number in range(len(lengths))
+        for each in classifier_free_guidance.pair_of(number, 1.5, GREEDY)
+    ]
+    together = engine.generate(input_ids=prompts, sampling_params=params)
+    texts = [result["output_ids"] for result in together]
+    assert texts[::2] == texts[1::2]
+    for first in range(0, len(prompts), 2):
+        pair = slice(first, first + 2)
+        alone = engine.generate(input_ids=prompts[pair], sampling_params=params[pair])
+        assert [result["output_ids"] for result in alone] == texts[pair]
+
+
 def test_a_prompt_without_its_guide_is_ended(engine: Engine) -> None:
     alone = classifier_free_guidance.pair_of(0, 1.5, GREEDY)[0]
     result = engine.generate(PROMPTS[0], alone)

@@ -1,6 +1,7 @@
 """The scheduler against a device made of lists (`fakes`): whatever the order of events, every
 request gets what it would get alone, and no page, slot or lock is lost."""
 
+import contextlib
 import random
 from typing import Any
 
@@ -47,15 +48,33 @@ class Host:
     def live(self) -> list[Request]:
         return [request for request in self.requests if request.status is not Status.FINISHED]
 
+    @property
+    def has_room_for_groups(self) -> bool:
+        """Whether a step has room for a token of every running request, as in engines."""
+        return self.options["chunk_size"] >= self.options["max_running_requests"]
+
     def add(self, prompt_ids: list[int], max_new_tokens: int = 8, **options: Any) -> Request:
-        rid = f"request {len(self.requests)}"
-        request = make_request(prompt_ids, max_new_tokens, rid=rid, **options)
-        self.requests.append(request)
-        self.lengths[request] = len(prompt_ids)
-        self.scheduler.add(request)
+        [request] = self.add_group([prompt_ids], max_new_tokens, **options)
         if max_new_tokens:
             self._foresee(request)
         return request
+
+    def add_group(
+        self, prompts: list[list[int]], max_new_tokens: int = 8, **options: Any
+    ) -> list[Request]:
+        """Requests whose tokens are drawn side by side."""
+        group = [
+            make_request(prompt, max_new_tokens, rid=f"request {rid}", **options)
+            for rid, prompt in enumerate(prompts, start=len(self.requests))
+        ]
+        for request in group:
+            request.group = tuple(group) if len(group) > 1 else ()
+            self.scheduler.check(request)
+        for request in group:
+            self.requests.append(request)
+            self.lengths[request] = len(request.prompt_ids)
+            self.scheduler.add(request)
+        return group
 
     def step(self, overlaps: bool = False) -> StepPlan | None:
         plan = self.submit()
@@ -104,7 +123,7 @@ class Host:
 
     def check_no_leak(self) -> None:
         assert self.scheduler.is_idle and self.scheduler.flush_cache()
-        assert self.scheduler.pool.num_free == self.options["num_pages"]
+        assert self.scheduler.kv.pool.num_free == self.options["num_pages"]
         self.scheduler.check_integrity()
 
     def _deliver(self, row: Row, tokens: list[int]) -> None:
@@ -145,28 +164,39 @@ class Host:
         requests = [row.request for row in plan.rows]
         assert requests and len(set(requests)) == len(requests)
         assert len(requests) <= self.options["max_running_requests"]
-        assert set(plan.admitted) <= set(requests)
         assert plan.num_tokens == sum(row.query_len for row in plan.rows)
         assert plan.num_tokens <= self.options["chunk_size"]
         assert (plan.num_steps > 0) == (plan.num_tokens == len(plan.rows))
         assert plan.num_steps <= self.options.get("decode_steps", 1)
+        starts = {row.request: row.start for row in plan.rows}
         for request in plan.admitted:
-            self._doubt_admission(request, next(r for r in plan.rows if r.request is request))
+            assert request in starts or request.group
+            self._doubt_admission(request, starts.get(request, request.num_computed))
         for row in plan.rows:
             self._doubt_row(plan, row)
+        self._doubt_groups(plan)
 
-    def _doubt_admission(self, request: Request, row: Row) -> None:
-        self.starts[request] = row.start
+    def _doubt_groups(self, plan: StepPlan) -> None:
+        draws = {row.request: row.num_draws for row in plan.rows if row.num_draws}
+        for request, num_draws in draws.items():
+            for mate in request.group:
+                is_awaited = mate.status is not Status.FINISHED and (mate in draws or mate.can_run)
+                assert not is_awaited or draws[mate] == num_draws, "drawn without its group"
+        for request in self.scheduler.running:
+            assert all(mate.status is not Status.WAITING for mate in request.group)
+
+    def _doubt_admission(self, request: Request, start: int) -> None:
+        self.starts[request] = start
         if request.skips_forced:
             self.lengths[request] = max(self.lengths[request], request.num_tokens)
         assert self.lengths[request] == request.num_tokens, "admitted before its token was seen"
-        assert row.start % self.options["page_size"] == 0
-        assert self.options.get("shares_prefixes", True) or row.start == 0
+        assert start % self.options["page_size"] == 0
+        assert self.options.get("shares_prefixes", True) or start == 0
         if request in self.admitted:
             assert request.num_retractions > 0
             return
-        assert row.start < request.num_tokens
-        self.admitted[request] = min(row.start, len(request.prompt_ids))
+        assert start < request.num_tokens
+        self.admitted[request] = min(start, len(request.prompt_ids))
         assert request.num_cached == self.admitted[request]
         if self.options.get("policy", "fcfs") == "fcfs":
             rank = self._rank(request)
@@ -380,7 +410,7 @@ def test_a_page_whose_last_token_the_host_has_not_seen_is_not_cached():
     host.submit()  # reads the token drawn by the step before
     assert (request.num_computed, request.num_tokens, request.in_flight) == (4, 3, 2)
     host.abort(request)
-    assert host.scheduler.tree.num_evictable == 3
+    assert host.scheduler.kv.tree.num_evictable == 3
     host.collect()
     host.collect()
     host.check_no_leak()
@@ -424,7 +454,7 @@ def test_prefixes_can_be_kept_apart():
     host.run()
     assert [request.num_cached for request in host.requests] == [0, 0, 0]
     host.check_outputs()
-    assert host.scheduler.pool.num_free == 64
+    assert host.scheduler.kv.pool.num_free == 64
 
 
 def test_the_prefix_of_a_request_that_broke_is_forgotten():
@@ -507,7 +537,7 @@ def test_a_request_as_large_as_the_pool_ends_though_its_twin_has_cached_the_same
 def test_a_request_larger_than_the_pool_is_refused():
     host = Host(num_pages=4, page_size=4)
     host.add([0] * 10, max_new_tokens=7)  # the last token needs no page
-    with pytest.raises(ValueError, match="needs 5 pages .* 4"):
+    with pytest.raises(ValueError, match="request 1: expected at most 4 pages.* got 5"):
         host.add([0] * 10, max_new_tokens=8)
 
 
@@ -700,6 +730,16 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
                 skips_forced=skips_forced,
             )
 
+    @precondition(lambda self: self.host.has_room_for_groups)
+    @rule(
+        prompts=st.lists(PROMPTS, min_size=2, max_size=4),
+        max_new_tokens=st.integers(0, MAX_NEW),
+        stops=st.booleans(),
+    )
+    def add_group(self, prompts, max_new_tokens, stops) -> None:
+        with contextlib.suppress(ValueError):  # too large, be it alone
+            self.host.add_group(prompts, max_new_tokens, stop_token_ids=[2] if stops else [])
+
     @precondition(lambda self: self.host.requests)
     @rule(data=st.data(), max_new_tokens=st.integers(0, MAX_NEW))
     def continue_a_conversation(self, data, max_new_tokens) -> None:
@@ -742,7 +782,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
         self.host.runner.weights += 1  # what was written before must not be read again
         num_running = len(self.host.scheduler.running)
         assert self.host.scheduler.start_over() == num_running
-        assert not list(self.host.scheduler.tree.nodes())
+        assert not list(self.host.scheduler.kv.tree.nodes())
 
     @invariant()
     def books_are_right(self) -> None:
@@ -778,6 +818,9 @@ def test_ten_thousand_steps_under_pressure_lose_nothing(overlaps, decode_steps):
             tail = [rng.randrange(3) for _ in range(rng.randint(0, 6))]
             skips_forced = rng.random() < 0.3
             host.add(rng.choice(prompts) + tail, rng.randint(0, 40), skips_forced=skips_forced)
+        if len(host.live) < 12 and rng.random() < 0.3:
+            pair = [rng.choice(prompts), rng.choice(prompts)]
+            host.add_group(pair, rng.randint(0, 15))
         if rng.random() < 0.02 and host.live:
             host.abort(rng.choice(host.live))
         host.step(overlaps)

@@ -296,7 +296,7 @@ def test_no_prefix_outlives_its_weights(engine, new, new_ids):
     assert cached() == 0 or cached() == 8
     assert cached() == 8
     engine.update_weights(new[1])
-    assert engine._loop.scheduler.tree.num_evictable == 0
+    assert engine._loop.scheduler.kv.tree.num_evictable == 0
     assert ids_of(engine) == new_ids
     assert cached() == 8
     engine.update_weights(new[1], flush_cache=False)

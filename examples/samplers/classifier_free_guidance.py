@@ -3,13 +3,12 @@
     score(x) = gamma log p(x | prompt) + (1 - gamma) log p(x | guide)
 
 The guide is a second prompt, usually the last words of the first or its opposite, and is a request
-like any other. Both run in the same steps and get the same token, so that the guide follows the
-answer. Top-k and the like do not count, since the token is drawn here: the engine's noise depends
-on the position, and the two prompts differ in length.
+like any other. Both are of one `group`, so they draw in the same steps, and get the same token, so
+that the guide follows the answer. Top-k and the like do not count, since the token is drawn here:
+the engine's noise depends on the position, and the two prompts differ in length.
 
-A step with one of the two and without the other gives NaN logits, which end a request with the
-reason "NaN happened", rather than unguided text. It takes prompts that fit into one step together,
-and a pool of pages from which neither is retracted.
+A prompt without its guide gives NaN logits, which end a request with the reason "NaN happened",
+rather than unguided text.
 
 Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv:2306.17806.
 """
@@ -52,6 +51,7 @@ def pair_of(number: int, scale: float, sampling_params: Mapping[str, Any]) -> li
     return [
         {
             **sampling_params,
+            "group": number,
             "logits_processors": ["classifier_free_guidance"],
             "custom_params": {"pair": number, "is_guide": is_guide, "scale": scale},
         }
