@@ -32,6 +32,7 @@ from jaxengine.sampling.extensions import Intervention
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.server_args import ServerArgs
 from jaxengine.sessions import Origin, Sessions
+from jaxengine.signatures import takes
 from jaxengine.startup import start
 from jaxengine.tokenizer import encode
 from jaxengine.unavailable import refuse_unavailable
@@ -164,49 +165,37 @@ class Engine(
             ValueError, TypeError: some part of the call is wrong; then none of it was started.
             RuntimeError: the engine failed or was shut down.
         """
-        options = dict(
-            logprobs=LogprobOptions(
-                return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
-            ),
-            processor=custom_logit_processor,
-            states=return_hidden_states,
+        inputs = self._inputs(
+            prompt,
+            sampling_params,
+            input_ids,
+            return_logprob=return_logprob,
+            logprob_start_len=logprob_start_len,
+            top_logprobs_num=top_logprobs_num,
+            token_ids_logprob=token_ids_logprob,
+            custom_logit_processor=custom_logit_processor,
+            return_hidden_states=return_hidden_states,
             rid=rid,
             priority=priority,
+            **unavailable,
         )
-        inputs = self._inputs(prompt, sampling_params, input_ids, options, unavailable)
         wait_for(self._grammars(inputs))
         call = self._call(inputs, stream, session_params)
         return Stream(call) if stream else wait(call)
 
+    @takes(generate)
     async def async_generate(
         self,
-        prompt: str | Sequence[str] | None = None,
-        sampling_params: Sampling | Sequence[Sampling] | None = None,
-        input_ids: ArrayLike | None = None,
+        prompt: Any = None,
+        sampling_params: Any = None,
+        input_ids: Any = None,
         *,
-        return_logprob: bool | Sequence[bool] | None = None,
-        logprob_start_len: int | Sequence[int] | None = None,
-        top_logprobs_num: int | Sequence[int] | None = None,
-        token_ids_logprob: Sequence[Any] | None = None,
-        custom_logit_processor: Any = None,
-        return_hidden_states: Any = None,
         stream: bool = False,
-        rid: str | Sequence[str] | None = None,
-        priority: int | Sequence[int] | None = None,
         session_params: Mapping[str, Any] | None = None,
-        **unavailable: Any,
+        **options: Any,
     ) -> Any:
         """`generate` for coroutines; with `stream`, awaiting it gives an `AsyncStream`."""
-        options = dict(
-            logprobs=LogprobOptions(
-                return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
-            ),
-            processor=custom_logit_processor,
-            states=return_hidden_states,
-            rid=rid,
-            priority=priority,
-        )
-        inputs = self._inputs(prompt, sampling_params, input_ids, options, unavailable)
+        inputs = self._inputs(prompt, sampling_params, input_ids, **options)
         await asyncio.gather(
             *(asyncio.shield(asyncio.wrap_future(each)) for each in self._grammars(inputs)),
             return_exceptions=True,  # they are raised below, with their prompts
@@ -244,7 +233,22 @@ class Engine(
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _inputs(self, prompt, sampling_params, input_ids, options, unavailable) -> Inputs:
+    def _inputs(
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        input_ids: Any,
+        *,
+        return_logprob: Any = None,
+        logprob_start_len: Any = None,
+        top_logprobs_num: Any = None,
+        token_ids_logprob: Any = None,
+        custom_logit_processor: Any = None,
+        return_hidden_states: Any = None,
+        rid: Any = None,
+        priority: Any = None,
+        **unavailable: Any,
+    ) -> Inputs:
         """What a call asks for, sample by sample."""
         if not self._loop.is_alive:
             raise self._loop.refusal()
@@ -256,10 +260,20 @@ class Engine(
         refuse_unavailable(unavailable)
         args = self.server_args
         has_priority = args.enable_priority_scheduling or args.schedule_policy == "priority"
-        if options["priority"] is not None and not has_priority:
+        if priority is not None and not has_priority:
             warnings.warn("priority: needs enable_priority_scheduling=True", stacklevel=3)
         return normalise(
-            prompt, sampling_params, input_ids, defaults=args.sampling_defaults, **options
+            prompt,
+            sampling_params,
+            input_ids,
+            rid=rid,
+            priority=priority,
+            defaults=args.sampling_defaults,
+            logprobs=LogprobOptions(
+                return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
+            ),
+            processor=custom_logit_processor,
+            states=return_hidden_states,
         )
 
     def _grammars(self, inputs: Inputs) -> list[Future]:

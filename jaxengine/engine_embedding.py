@@ -15,6 +15,7 @@ from jaxengine.inputs import Entry
 from jaxengine.loop import Loop
 from jaxengine.pooling import Embeddings
 from jaxengine.results import EmbeddingWriter
+from jaxengine.signatures import takes
 from jaxengine.startup import Started
 from jaxengine.tokenizer import encode_all
 from jaxengine.unavailable import refuse_unavailable
@@ -51,18 +52,12 @@ class EmbeddingMethods:
                 started.
             RuntimeError: the engine failed or was shut down.
         """
-        return wait(self._embedding_call(prompt, dimensions, rid, unavailable))
+        return wait(self._embedding_call(prompt, dimensions=dimensions, rid=rid, **unavailable))
 
-    async def async_encode(
-        self,
-        prompt: str | Sequence[Any],
-        *,
-        dimensions: int | None = None,
-        rid: str | Sequence[str] | None = None,
-        **unavailable: Any,
-    ) -> Any:
+    @takes(encode)
+    async def async_encode(self, prompt: Any, **options: Any) -> Any:
         """`encode` for coroutines."""
-        return await wait_async(self._embedding_call(prompt, dimensions, rid, unavailable))
+        return await wait_async(self._embedding_call(prompt, **options))
 
     def rerank(self, prompt: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
         """Scores pairs `[query, document]` with a cross-encoder or another classifier: a dictionary
@@ -97,7 +92,7 @@ class EmbeddingMethods:
         return wait(self._reading_call(entries, ids, limits, write, is_batch=True))
 
     def _embedding_call(
-        self, prompt: Any, dimensions: Any, rid: Any, unavailable: dict[str, Any]
+        self, prompt: Any, *, dimensions: Any = None, rid: Any = None, **unavailable: Any
     ) -> Call:
         embeddings = self._ready("encode")
         refuse_unavailable(unavailable, "encode", AVAILABLE)

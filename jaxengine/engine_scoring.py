@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxengine import scoring
+from jaxengine.signatures import takes
 
 
 class ScoringMethods:
@@ -54,29 +55,12 @@ class ScoringMethods:
         asked = question.arguments()
         return question.scores(self.generate(**asked) if items else [])
 
-    async def async_score(
-        self,
-        query: str | Sequence[int] | None = None,
-        items: str | Sequence[Any] | None = None,
-        label_token_ids: Sequence[Any] | None = None,
-        apply_softmax: bool = False,
-        item_first: bool = False,
-        *,
-        temperature: float = 1.0,
-        return_token_logprobs: bool = False,
-    ) -> scoring.ScoreResult:
+    @takes(score)
+    async def async_score(self, *args: Any, **kwargs: Any) -> scoring.ScoreResult:
         """`score` for coroutines."""
-        question = scoring.Question(
-            query,
-            items,
-            label_token_ids,
-            apply_softmax,
-            item_first,
-            temperature,
-            return_token_logprobs,
-        )
+        question = scoring.Question(*args, **kwargs)
         asked = question.arguments()
-        return question.scores(await self.async_generate(**asked) if items else [])
+        return question.scores(await self.async_generate(**asked) if question.items else [])
 
     def loglikelihood(self, context: str | Sequence[Any], continuation: str | Sequence[Any]) -> Any:
         """`(sum, is_greedy)`: the log-probability of a continuation given its context, and whether

@@ -32,13 +32,13 @@ class Likelihood(NamedTuple):
 class Question(NamedTuple):
     """What `score` is asked, under its names."""
 
-    query: Any
-    items: Any
-    label_token_ids: Any
-    apply_softmax: bool
-    item_first: bool
-    temperature: float
-    return_token_logprobs: bool
+    query: Any = None
+    items: Any = None
+    label_token_ids: Any = None
+    apply_softmax: bool = False
+    item_first: bool = False
+    temperature: float = 1.0
+    return_token_logprobs: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Of a call of `generate`, which tells the log-probabilities of labels behind query and

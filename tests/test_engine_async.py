@@ -3,12 +3,15 @@ Nothing here is helped by nest_asyncio."""
 
 import asyncio
 import gc
+import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from engines import num_unfinished
+
+from jaxengine import Engine
 
 PROMPT = "The import statement"
 PROMPTS = [PROMPT, "A dictionary is", "The file object"]
@@ -174,3 +177,17 @@ def test_errors_are_those_of_a_plain_call(demo_engine):
         await stream.aclose()
 
     asyncio.run(twice())
+
+
+@pytest.mark.parametrize("name", ["generate", "score", "encode"])
+def test_twins_have_one_signature(name):
+    plain, twin = getattr(Engine, name), getattr(Engine, f"async_{name}")
+    assert inspect.signature(plain) == inspect.signature(twin)
+    assert inspect.iscoroutinefunction(twin) and twin.__name__ == f"async_{name}"
+
+
+def test_a_wrong_argument_of_a_twin_is_named(demo_engine):
+    with pytest.raises(TypeError, match=r"unexpected argument 'max_tokens'.*max_new_tokens"):
+        asyncio.run(demo_engine.async_generate("a", max_tokens=3))
+    with pytest.raises(TypeError, match="lables"):
+        asyncio.run(demo_engine.async_score("a", ["b"], lables=[3]))
