@@ -3,7 +3,6 @@ written for SGLang reach into it for."""
 
 import asyncio
 import gc
-import time
 import weakref
 from functools import cached_property, partial
 from typing import Any
@@ -15,6 +14,7 @@ from jaxengine.startup import Started
 from jaxengine.tokenizer_manager import TokenizerManager
 
 PAUSES = ("abort", "in_place", "retract")
+PAUSE = "pause_generation"  # a reason to compute nothing
 REMOTE_METHODS = ("check_integrity", "flush_cache")  # of the scheduler, for `collective_rpc`
 
 NO_EXPERTS = "the models that are supported have no experts, so there is nothing to record"
@@ -59,7 +59,7 @@ class ControlMethods:
         """
         if mode not in PAUSES:
             raise ValueError(f"mode: expected {' or '.join(PAUSES)}, got {mode!r}")
-        self._loop.call(lambda: self._set_paused(True)).result()
+        self._loop.call(lambda: self._loop.halt(PAUSE)).result()
         if mode == "abort":
             self._loop.abort(None, "generation was paused").result()
         if mode == "retract":
@@ -67,11 +67,7 @@ class ControlMethods:
 
     def continue_generation(self) -> None:
         """Ends a pause; without one it does nothing."""
-        self._loop.call(lambda: self._set_paused(False)).result()
-
-    def _set_paused(self, is_paused: bool) -> None:
-        self._loop.scheduler.is_halted = is_paused
-        self._loop.last_step_time = time.monotonic()  # a pause is no hang
+        self._loop.call(lambda: self._loop.go_on(PAUSE)).result()
 
     def collective_rpc(self, method: str, **kwargs: Any) -> Any:
         """Calls a method of the scheduler between two steps: `flush_cache`, which returns whether

@@ -11,6 +11,7 @@ from jaxengine.weight_updates import Change, changes, named_arrays, tensors_of
 from jaxengine.weights import listed
 
 TAGS = (KV_CACHE, WEIGHTS, "cuda_graph")
+SELECTORS = ("all", "target")
 DISK_FORMATS = (None, "auto", "safetensors")
 TENSOR_FORMATS = (None, "direct")
 
@@ -97,6 +98,30 @@ class WeightMethods:
         num_restarted = started.occupation.update(found, weight_version=None, flush_cache=True)
         return DiskUpdateResult(True, _said(found, num_restarted), num_restarted)
 
+    def begin_weight_update(self, selector: str = "all") -> UpdateResult:
+        """Begins an update of several calls. Until `end_weight_update` no step is computed:
+        requests are taken and wait, and no token comes from weights of which a part is new.
+
+        Raises:
+            ValueError: another selector than "all" or "target"; there is one model only.
+            RuntimeError: an update has begun already, or the engine has ended.
+        """
+        if selector not in SELECTORS:
+            raise ValueError(
+                f"selector: expected {' or '.join(map(repr, SELECTORS))}, as there is no other "
+                f"model, got {selector!r}"
+            )
+        self._started.occupation.begin()
+        return UpdateResult(True, "nothing is computed until end_weight_update()")
+
+    def end_weight_update(self) -> UpdateResult:
+        """Ends it: what is computed with the old weights is forgotten, and requests go on.
+
+        Raises:
+            RuntimeError: no update has begun, or the engine has ended.
+        """
+        return UpdateResult(True, _restarted(self._started.occupation.end()))
+
     def get_weights_by_name(self, name: str, truncate_size: int = 100) -> list[Any] | None:
         """The first `truncate_size` rows of a checkpoint tensor, or of a parameter by its dotted
         path, as lists of floats; None where there is none of that name."""
@@ -151,7 +176,11 @@ class WeightMethods:
 
 
 def _said(found: Sequence[Change], num_restarted: int) -> str:
-    return f"{len(found)} arrays were updated, {num_restarted} running requests are read anew"
+    return f"{len(found)} arrays were updated, {_restarted(num_restarted)}"
+
+
+def _restarted(num_restarted: int) -> str:
+    return f"{num_restarted} running requests are read anew"
 
 
 def _check_format(load_format: str | None, expected: Sequence[str | None]) -> None:

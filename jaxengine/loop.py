@@ -133,6 +133,14 @@ class Loop:
 
     # On the loop's thread
 
+    def halt(self, why: str) -> None:
+        """Begins no more steps until `go_on` for each reason given; calls are taken, and wait."""
+        self.scheduler.halts.add(why)
+
+    def go_on(self, why: str) -> None:
+        self.scheduler.halts.discard(why)
+        self.last_step_time = time.monotonic()  # a pause is no hang
+
     def _main(self) -> None:
         try:
             if self._on_start is not None:

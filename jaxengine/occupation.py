@@ -15,6 +15,7 @@ from jaxengine.runner import Runner
 from jaxengine.weight_updates import Change, Copies, Part, first_rows, tensors_of
 
 KV_CACHE, WEIGHTS = "kv_cache", "weights"
+UPDATE = "weight update"  # a reason to compute nothing
 
 Write = tuple[int, Callable[[jax.Array], jax.Array]]  # a parameter, and what it becomes
 
@@ -43,6 +44,38 @@ class Occupation:
         self._backup: list[np.ndarray] | None = None
         self._released: set[str] = set()
         self._undefined: set[str] = set()  # names of tensors whose values are gone
+        self._is_open = False  # an update of several calls
+        self._has_stale = False  # K and V that it left behind
+
+    def begin(self) -> None:
+        """Computes nothing until `end`, so that several updates count as one.
+
+        Raises:
+            RuntimeError: that was begun already.
+        """
+        with self._lock:
+            if self._is_open:
+                raise RuntimeError("an update has begun already; call end_weight_update() first")
+            self._loop.call(lambda: self._loop.halt(UPDATE)).result()
+            self._is_open = True
+
+    def end(self) -> int:
+        """Computes again; the number of requests that are computed anew.
+
+        Raises:
+            RuntimeError: nothing was begun.
+        """
+        with self._lock:
+            if not self._is_open:
+                raise RuntimeError("no update has begun; call begin_weight_update() first")
+
+            def run() -> int:
+                self._loop.go_on(UPDATE)
+                return self._loop.scheduler.start_over() if self._has_stale else 0
+
+            num_restarted = self._loop.call(run).result()
+            self._is_open = self._has_stale = False
+            return num_restarted
 
     def update(
         self, changes: Sequence[Change], *, weight_version: str | None, flush_cache: bool
@@ -60,7 +93,9 @@ class Occupation:
                 self._write(writes, tensors)
                 if weight_version is not None:
                     self._loop.weight_version = weight_version
-                return self._loop.scheduler.start_over() if flush_cache else 0
+                self._has_stale |= flush_cache and self._is_open
+                is_last = flush_cache and not self._is_open
+                return self._loop.scheduler.start_over() if is_last else 0
 
             return self._loop.call(run).result()
 

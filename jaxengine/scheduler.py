@@ -52,7 +52,7 @@ class Scheduler:
             raise ValueError(f"decode_steps: expected at most {page_size}, got {decode_steps}")
         self.kv = KVPool(num_pages, page_size, shares_prefixes)
         self.running: list[Request] = []
-        self.is_halted = False  # by `Engine.pause_generation`: nothing is scheduled
+        self.halts: set[str] = set()  # why nothing is to be scheduled
         self._waiting = WaitingQueue(policy, uses_priority, low_priority_first, random_seed)
         self._retracted: list[tuple[Request, int]] = []
         self._free_slots = list(range(max_running_requests - 1, -1, -1))
@@ -74,6 +74,10 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         return not self.running and not self.num_waiting
+
+    @property
+    def is_halted(self) -> bool:
+        return bool(self.halts)
 
     @property
     def rests(self) -> bool:

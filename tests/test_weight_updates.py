@@ -2,6 +2,7 @@
 nothing computed with the old ones is used again."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from engines import TINY, check_books
+from engines import TINY, InBackground, check_books
 from flax import nnx
 from naive import naive_greedy
 from safetensors.numpy import save_file
@@ -325,6 +326,35 @@ def test_a_stream_goes_on_with_the_new_weights(engine, new, old_ids, naive_new):
         assert again["output_ids"] == ids[num_old : num_old + 40]
         cached = again["meta_info"]["cached_tokens"]
         assert cached >= len(prompt) + num_old - 4, "what it left is of the new weights"
+
+
+def test_an_update_of_several_calls_counts_as_one(engine, new, new_ids, naive_new):
+    tensors = list(new[1].items())
+    stream = engine.generate(input_ids=PROMPTS[0], sampling_params=LONG, stream=True)
+    next(stream)
+    assert engine.begin_weight_update().success
+    with pytest.raises(RuntimeError, match="an update has begun already"):
+        engine.begin_weight_update()
+    waiting = InBackground(engine, lambda: ids_of(engine))
+    time.sleep(0.05)  # what was in flight is delivered
+    num_steps = engine._loop.num_steps
+    for first in range(0, len(tensors), 4):
+        result = engine.update_weights_from_tensor(tensors[first : first + 4])
+        assert result.success and "0 running" in result.message
+    engine.pause_generation("in_place")
+    engine.continue_generation()  # which has no say in this
+    time.sleep(0.05)
+    assert engine._loop.num_steps == num_steps and waiting.result is None
+    assert "1 running requests are read anew" in engine.end_weight_update().message
+    assert waiting.join().result == new_ids
+    *_, last = stream
+    ids = last["output_ids"]
+    fits = [naive_new(PROMPTS[0] + ids[:n], 1) == ids[n : n + 1] for n in range(200)]
+    assert fits[::-1].index(False) > 50, "from here on all are the new model's"
+    with pytest.raises(RuntimeError, match="no update has begun"):
+        engine.end_weight_update()
+    with pytest.raises(ValueError, match="selector: expected 'all' or 'target'.*'draft'"):
+        engine.begin_weight_update("draft")
 
 
 def test_without_a_flush_a_stream_keeps_what_it_has_computed(engine, new):
