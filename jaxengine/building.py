@@ -3,7 +3,6 @@ are read while the programs are traced and compiled, which depend on no value of
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +33,6 @@ from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes
 from jaxengine.step_programs import INSTALL, StepPrograms
 
-MAX_COMPILE_THREADS = 16
 ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
 
 logger = logging.getLogger("jaxengine")
@@ -129,7 +127,6 @@ def _compile(
     }
     executables = compile_all(
         tasks | {INSTALL: programs.trace_install},
-        num_threads=min(os.cpu_count() or 1, MAX_COMPILE_THREADS),
         shows_progress=args.show_progress,
         beside=reading,
     )

@@ -4,6 +4,7 @@ that proves that nothing is compiled afterwards. It does not know what a step co
 
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger("jaxengine")
 
+MAX_THREADS = 16  # that compile
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 Key = TypeVar("Key")
@@ -66,8 +68,8 @@ def thinned(sizes: Collection[Bucket], factor: int = 4) -> list[Bucket]:
 def compile_all(
     tasks: Mapping[Key, Callable[[], Callable[[], Any]]],
     *,
-    num_threads: int,
     shows_progress: bool,
+    num_threads: int | None = None,
     beside: Future | None = None,
 ) -> dict[Key, Any]:
     """What the tasks compile, side by side; the first failure is raised, of `beside` too.
@@ -76,6 +78,7 @@ def compile_all(
     from threads: one is traced after the other while those before it compile.
     """
     started = time.perf_counter()
+    num_threads = num_threads or min(os.cpu_count() or 1, MAX_THREADS)
     bar = tqdm(total=len(tasks), desc="compiling", unit="step", disable=not shows_progress)
     others = [] if beside is None else [beside]
     with bar, ThreadPoolExecutor(num_threads, thread_name_prefix="jaxengine-compile") as threads:

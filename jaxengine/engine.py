@@ -181,6 +181,8 @@ class Engine(
         )
         wait_for(self._grammars(inputs))
         call = self._call(inputs, stream, session_params)
+        if compiling := self._started.variants.prepare(call.requests):
+            compiling.result()
         return Stream(call) if stream else wait(call)
 
     @takes(generate)
@@ -201,6 +203,8 @@ class Engine(
             return_exceptions=True,  # they are raised below, with their prompts
         )
         call = self._call(inputs, stream, session_params)
+        if compiling := self._started.variants.prepare(call.requests):
+            await asyncio.shield(asyncio.wrap_future(compiling))
         return await AsyncStream(call).start() if stream else await wait_async(call)
 
     def abort(self, rid: str | Sequence[str] | None = None, *, abort_all: bool = False) -> None:

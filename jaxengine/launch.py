@@ -52,12 +52,15 @@ class Asked(NamedTuple):
     is_raw: bool  # of drawn tokens: of the model's own logits, before any adjustment; static
 
 
+Part = Literal["whole", "read", "draw", "adjust", "choose", "embed"]
+
+
 class Variant(NamedTuple):
     """Which program for a launch size: a whole step, the part of one before the host's say on what
     may be drawn or the part behind it, itself in two where the host has its say on logits, or one
     that embeds; and what it tells."""
 
-    part: Literal["whole", "read", "draw", "adjust", "choose", "embed"] = "whole"
+    part: Part = "whole"
     wanted: Wanted | None = None
     states: WantedStates | None = None
 
@@ -65,6 +68,10 @@ class Variant(NamedTuple):
     def num_fields(self) -> int:
         """Of a packed row."""
         return NUM_ROW_FIELDS + self._num_new + (self.wanted.ids if self.wanted else 0)
+
+    def second(self, part: Part) -> "Variant":
+        """Behind the host's say in a step of which this is the first part."""
+        return self._replace(part=part, states=None)
 
     def split(self, packed_rows: Any) -> tuple[Any, Any, Any]:
         """What packed rows consist of: the fields of `RowInputs`; in a step that pauses the tokens

@@ -24,6 +24,8 @@ def finish_step(
     """Draws the tokens of a paused plan; what `collect` takes."""
     if all(row.request.status is Status.FINISHED for row in plan.rows):
         return paused.told  # nobody waits for them, and the buffers may be gone
+    if plan.wanted is None and not any(map(_draws, plan.rows)):
+        return paused.told  # all are amidst their prompts
     masks = runner.everything(paused)
     drawing = [row.request if _draws(row) else None for row in plan.rows]
     foreseen = [row.foreseen if _draws(row) else None for row in plan.rows]

@@ -106,7 +106,8 @@ class Request:
     @property
     def pauses(self) -> bool:
         """Whether the host has its say before each token is drawn."""
-        return self.matcher is not None or self.processor is not None
+        has_say = self.matcher is not None or self.processor is not None
+        return has_say and self.max_new_tokens > 0
 
     @property
     def asks_more(self) -> bool:

@@ -5,8 +5,7 @@ tokens. A plan that pauses is only read by `submit`, and ends with `draw`, once 
 may be drawn. It knows slots, pages and sizes, and nothing of queues, text or users.
 """
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -24,8 +23,7 @@ from jaxengine.request_state import RequestState
 from jaxengine.sampling.masks import everything
 from jaxengine.step_plan import MAX_NEW_TOKENS, StepPlan
 from jaxengine.step_programs import INSTALL, StepPrograms
-
-logger = logging.getLogger("jaxengine")
+from jaxengine.variants import Variants
 
 
 class Paused(NamedTuple):
@@ -46,6 +44,8 @@ class Runner:
         executables: Mapping[Any, Any],
         params: Any,  # the tree of arrays whose shapes `steps` knows
         num_pages: int,
+        *,
+        shows_progress: bool = False,
     ):
         self._params = tuple(jax.tree.leaves(params))
         self._install = executables[INSTALL]
@@ -54,8 +54,9 @@ class Runner:
         }
         self._programs, self._num_pages = steps, num_pages
         self._plain = steps.plain
-        self._variants: dict[Any, Any] = {}  # compiled when they are first needed
-        self._thinned = thinned(self._steps)  # the sizes that these have
+        self.variants = Variants(
+            steps, thinned(self._steps), num_pages, shows_progress=shows_progress
+        )
         self._empty_install = steps.empty_install()
         self.put_buffers(self.make_buffers())
         self._num_slots = self._state.tokens.shape[0] - 1
@@ -96,12 +97,9 @@ class Runner:
         return self._drawn(paused, self._draw("choose", paused, logits, paused.logits))
 
     def _draw(self, part: Any, paused: Paused, *given: Any) -> Sequence[Any]:
-        rows, variant = paused.rows, paused.variant._replace(part=part, states=None)
-        program = self._variant(
-            (len(rows), variant), lambda: self._programs.trace_draw(len(rows), variant)
-        )
+        program = self.variants.get(len(paused.rows), paused.variant.second(part))
         *changing, settings = self._state
-        return program(tuple(changing), settings, rows, *given)
+        return program(tuple(changing), settings, paused.rows, *given)
 
     def _drawn(self, paused: Paused, made: Sequence[Any]) -> Outputs:
         changing, drawn = made
@@ -157,37 +155,27 @@ class Runner:
         self.delete_params()
         self.delete_buffers()
         self._params = self._cache = ()
-        del self._state, self._install, self._steps, self._variants
+        del self._state, self._install, self._steps
+        self.variants.close()
 
     def _bucket(self, plan: StepPlan, variant: Variant) -> Bucket:
         """The smallest that holds the plan: a decoding one if there is one so large."""
         fitting = [
             bucket
-            for bucket in (self._steps if variant == self._plain else self._thinned)
+            for bucket in (self._steps if variant == self._plain else self.variants.sizes)
             if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
         ]
         decoding = (bucket for bucket in fitting if bucket.num_steps == plan.num_steps)
         return next(decoding, None) or next(bucket for bucket in fitting if not bucket.num_steps)
 
     def _run(self, bucket: Bucket, rows: np.ndarray, variant: Variant) -> Sequence[Any]:
-        step = self._steps[bucket]
-        if variant != self._plain:
-            step = self._variant(
-                (bucket, variant),
-                lambda: self._programs.trace_step(bucket, self._num_pages, variant),
-            )
+        is_plain = variant == self._plain
+        step = self._steps[bucket] if is_plain else self.variants.get(bucket, variant)
         *changing, settings = self._state
         given = self._params, self._cache, tuple(changing), settings, rows
         self._cache, changing, *made = step(*given)
         self._state = RequestState(*changing, settings=settings)
         return made
-
-    def _variant(self, key: Any, trace: Callable[[], Callable[[], Any]]) -> Any:
-        """Compiled when it is first needed: most engines never are asked for any."""
-        if key not in self._variants:
-            logger.info("compiling %s; later starts will load it", key)
-            self._variants[key] = trace()()
-        return self._variants[key]
 
     def _save(self, retracted: Sequence[tuple[Request, int]]) -> None:
         """Takes down what registered functions remember of requests that lose their slots."""

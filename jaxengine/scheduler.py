@@ -166,7 +166,7 @@ class Scheduler:
             num_steps,
             wanted=wanted_of(asking),
             states=states_of(asking),
-            pauses=any((row.num_draws or row.new_tokens) and row.request.pauses for row in asking),
+            pauses=any(row.request.pauses for row in asking),
         )
 
     def _num_steps(self, decoding: Sequence[Request]) -> int:

@@ -35,6 +35,7 @@ from jaxengine.runner import Runner
 from jaxengine.scheduler import Scheduler
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes, choose_sizes
+from jaxengine.variants import Variants
 from jaxengine.watchdog import Watchdog
 from jaxengine.weight_updates import named_parts
 
@@ -62,6 +63,7 @@ class Started:
     page_bytes: int
     compile_counter: CompileCounter
     profiler: Profiler
+    variants: Variants
     seconds: dict[str, float]  # phase of the start -> duration; some run side by side
 
     @property
@@ -106,7 +108,13 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
     programs, num_pages = built.programs, built.num_pages
     seconds |= built.seconds
     with _phase("warm up", seconds):
-        runner = Runner(programs, built.executables, built.params, num_pages)
+        runner = Runner(
+            programs,
+            built.executables,
+            built.params,
+            num_pages,
+            shows_progress=args.show_progress,
+        )
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
     counter, profiler = CompileCounter(), Profiler()
     scheduler = _scheduler(args, sizes, num_pages, found, random_seed)
@@ -168,6 +176,7 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         page_bytes=programs.page_bytes,
         compile_counter=counter,
         profiler=profiler,
+        variants=runner.variants,
         seconds=seconds,
     )
 

@@ -394,5 +394,5 @@ def test_a_step_that_tells_nothing_has_no_part_of_it(make_engine):
     bucket = next(iter(engine._loop.runner._steps))
     lowered = steps.lower_step(bucket, 8)
     assert len(jax.tree.leaves(lowered.out_info)) == len(jax.tree.leaves(steps.cache_shapes(8))) + 3
-    assert "reduce_log" not in lowered.as_text() and not engine._loop.runner._variants
+    assert "reduce_log" not in lowered.as_text() and not engine._loop.runner.variants._compiled
     assert inspect.signature(engine.generate).parameters["return_logprob"].default is None
