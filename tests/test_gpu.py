@@ -2,6 +2,7 @@
 kernels as without, and a model of real size runs."""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda import compile_ahead
+from encoders import MEAN, save_encoder
 from engines import check_books
 from flax import nnx
 from naive import naive_greedy
@@ -130,6 +132,67 @@ def test_completions_of_a_form() -> None:
             mixed = [params, {"max_new_tokens": 20}] * 8
             for result in engine.generate(["The import statement"] * 16, mixed)[::2]:
                 assert fits(field, result["text"]), result["text"]
+
+
+def test_tokens_without_a_choice_take_few_steps() -> None:
+    """In steps that decode some rows and read what a grammar forces in others."""
+    literal = '{"identifier": "none", "numbers": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "n": '
+    regex = "[xy]" + re.escape(literal) + "[0-9]" + re.escape(literal) + "[a-z]"
+    prompts = ["The import statement", "A dictionary is", "for", "A function definition"] * 4
+    forced, plain = {"temperature": 0, "max_new_tokens": 200, "regex": regex}, greedy(40)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        with Engine(show_progress=False, device=device, **SMALL) as engine:
+            check_books(engine)
+            before = engine._loop.num_steps
+            results = engine.generate(prompts, [forced, plain] * 8)
+            assert all(re.fullmatch(regex, result["text"]) for result in results[::2])
+            assert engine._loop.num_steps - before < len(results[0]["output_ids"])
+            outputs.append([result["text"] for result in results])
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3", "BertModel", "RobertaModel"])
+def test_embeddings_are_those_of_the_cpu(tmp_path: Path, architecture: str) -> None:
+    if architecture == "Qwen3":
+        save_checkpoint(tmp_path, tiny_config("qwen3"), seed=1)
+    else:
+        modules = MEAN["modules.json"]
+        files = MEAN | {"modules.json": [modules[0], modules[1], modules[3]]}
+        save_encoder(tmp_path, architecture, files)
+    rng = random.Random(0)
+    prompts = [
+        [rng.randrange(4, 290) for _ in range(rng.choice([1, 5, 40, 90]))] for _ in range(40)
+    ]
+    sizes: dict[str, Any] = SMALL | dict(skip_tokenizer_init=True, show_progress=False)
+    found = []
+    for device in ("cpu", "cuda"):
+        with Engine(
+            model_path=str(tmp_path), device=device, dtype="float32", is_embedding=True, **sizes
+        ) as engine:
+            found.append([result["embedding"] for result in engine.encode(prompts)])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+
+
+def test_memory_is_given_back_and_taken_again() -> None:
+    in_use = lambda: jax.devices()[0].memory_stats()["bytes_in_use"]
+    prompts = ["The import statement", "A dictionary is"]
+    with Engine(
+        show_progress=False, enable_weights_cpu_backup=True, max_total_tokens=1 << 16, **SMALL
+    ) as engine:
+        texts = [result["text"] for result in engine.generate(prompts, greedy(30))]
+        usage = engine.get_server_info()["internal_states"][0]["memory_usage"]
+        all_of_it = in_use()
+        engine.release_memory_occupation(["kv_cache"])
+        without_cache = in_use()
+        engine.release_memory_occupation(["weights"])
+        without_both = in_use()
+        print("\n", usage, all_of_it, without_cache, without_both)
+        assert all_of_it - without_cache > 0.95 * usage["kvcache"] * 2**30
+        assert without_cache - without_both > 0.95 * usage["weight"] * 2**30
+        engine.resume_memory_occupation()
+        assert [result["text"] for result in engine.generate(prompts, greedy(30))] == texts
+        assert in_use() < 1.02 * all_of_it
 
 
 def _flat(entries: Any) -> list[Any]:
