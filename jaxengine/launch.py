@@ -11,7 +11,7 @@ from jaxengine.hidden_states import WantedStates
 from jaxengine.logprobs import Told, Wanted
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.request_state import RequestState, Settings
-from jaxengine.step_plan import MAX_NEW_TOKENS
+from jaxengine.step_plan import MAX_UNSENT
 
 NUM_ROW_FIELDS = 5
 
@@ -85,7 +85,7 @@ class Variant(NamedTuple):
 
     @property
     def _num_new(self) -> int:
-        return 0 if self.part in ("whole", "embed") else MAX_NEW_TOKENS
+        return 0 if self.part in ("whole", "embed") else MAX_UNSENT
 
     @property
     def structure(self) -> tuple[Any, ...]:

@@ -231,7 +231,7 @@ class Loop:
                 reason = read_reason(request)
                 self._finish(request, reason, keeps_prefix=reason is not NOT_FINITE_REASON)
             return
-        if row.foreseen is not None:  # it was booked already
+        if request.skips_forced and row.foreseen is not None:  # it was booked already
             if NOT_FINITE in tokens:
                 self._finish(request, NOT_FINITE_REASON, keeps_prefix=False)
             return

@@ -16,7 +16,7 @@ from typing import Any
 from jaxengine.kv_pool import KVPool
 from jaxengine.prefix_tree import Node
 from jaxengine.request import Request, Status
-from jaxengine.step_plan import MAX_NEW_TOKENS, Row, StepPlan, states_of, wanted_of
+from jaxengine.step_plan import MAX_UNSENT, Row, StepPlan, states_of, wanted_of
 from jaxengine.waiting import WaitingQueue
 
 # Share of the output it is allowed that a request is expected to need: where the guess begins, how
@@ -219,7 +219,7 @@ class Scheduler:
         """How many tokens a row can read of those that are asked for, and those it brings along. It
         has room for a few, and for one page that is not in its table."""
         num_sent = request.length - len(request.unsent) - request.num_computed
-        query_len = min(query_len, num_sent + MAX_NEW_TOKENS, self.kv.page_size)
+        query_len = min(query_len, num_sent + MAX_UNSENT, self.kv.page_size)
         num_new = max(query_len - num_sent, 0)
         new_tokens = tuple(request.unsent[:num_new])
         del request.unsent[:num_new]

@@ -7,7 +7,7 @@ from jaxengine.hidden_states import WantedStates, merged_states
 from jaxengine.logprobs import Wanted, merged
 from jaxengine.request import Request
 
-MAX_NEW_TOKENS = 16  # that a row may bring along
+MAX_UNSENT = 16  # tokens that a row may bring along
 
 
 class Row(NamedTuple):

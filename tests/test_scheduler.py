@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxengine.request import Request, Status
 from jaxengine.scheduler import Scheduler
-from jaxengine.step_plan import MAX_NEW_TOKENS, Row, StepPlan
+from jaxengine.step_plan import MAX_UNSENT, Row, StepPlan
 
 ABORTED = {"type": "abort"}
 ENDED = {"type": "length"}
@@ -148,7 +148,7 @@ class Host:
     def _foresee(self, request: Request) -> None:
         if request.skips_forced:
             known = len(request.output_ids)
-            count = self.foresight.choice([0, 0, 1, 2, 5, 2 * MAX_NEW_TOKENS])
+            count = self.foresight.choice([0, 0, 1, 2, 5, 2 * MAX_UNSENT])
             limit = min(known + count, request.max_new_tokens)
             for token in naive_output(request.prompt_ids, limit)[known:]:
                 if request.status is not Status.FINISHED:
@@ -212,7 +212,7 @@ class Host:
         assert request.status is Status.RUNNING and request.slot == row.slot
         assert row.query_len > 0 and row.start == self.starts[request]
         self.lengths[request] += len(row.new_tokens)
-        assert len(row.new_tokens) <= MAX_NEW_TOKENS
+        assert len(row.new_tokens) <= MAX_UNSENT
         assert end <= self.lengths[request]
         has_all = end == self.lengths[request] and not request.unsent
         assert (row.num_draws > 0) == (has_all and request.max_new_tokens > 0)
