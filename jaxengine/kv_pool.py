@@ -36,16 +36,12 @@ class KVPool:
     # Prefixes
 
     def match(self, request: Request) -> list[Node]:
-        """The pages of the cache that hold its beginning, and may be used for it."""
+        """The pages of the cache that hold its beginning, and may be used for it. Of the last of
+        them it may have to compute some tokens once more, for what they tell."""
         if not self._is_shared(request):
             return []
-        tokens = request.token_ids
-        limit = len(tokens) - 1  # one token is left to draw from
-        if request.logprobs is not None:
-            limit = min(limit, request.logprobs.num_reusable(len(request.prompt_ids), limit))
-        if request.states is not None:
-            limit = min(limit, request.states.num_reusable(limit))
-        return self.tree.match(tokens, limit)
+        path = self.tree.match(tokens := request.token_ids, len(tokens))
+        return path[: self.num_pages(_num_reusable(request))]
 
     def num_shared(self, request: Request) -> int:
         """How many pages those are."""
@@ -86,7 +82,7 @@ class KVPool:
             new_pages = self._allocate(self.num_pages(request.length) - len(path))
             request.path = path
             request.pages = [node.page for node in path] + new_pages
-            request.num_computed = len(path) * self.page_size
+            request.num_computed = min(len(path) * self.page_size, _num_reusable(request))
 
     def grow(self, request: Request) -> int:
         """One page more for a request: its id."""
@@ -122,3 +118,13 @@ class KVPool:
             has_enough = len(request.pages) >= self.num_pages(request.num_computed)
             if request.pages[: len(shared)] != shared or not has_enough:
                 raise RuntimeError(f"pages of request {request.rid} corrupt: {request.pages}")
+
+
+def _num_reusable(request: Request) -> int:
+    """Tokens at its front of which nothing but K and V is needed."""
+    limit = request.num_tokens - 1  # one token is left to draw from
+    if request.logprobs is not None:
+        limit = min(limit, request.logprobs.num_reusable(len(request.prompt_ids), limit))
+    if request.states is not None:
+        limit = min(limit, request.states.num_reusable(limit))
+    return limit

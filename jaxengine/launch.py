@@ -13,7 +13,7 @@ from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.request_state import RequestState, Settings
 from jaxengine.step_plan import MAX_UNSENT
 
-NUM_ROW_FIELDS = 5
+NUM_ROW_FIELDS = 6
 
 
 class RowInputs(NamedTuple):
@@ -25,6 +25,7 @@ class RowInputs(NamedTuple):
     query_lens: Int[Array, " B"]
     new_pages: Int[Array, " B"]  # the next page that the row comes to need; 0 for none
     num_draws: Int[Array, " B"]  # tokens to draw and to append; 0 inside of a prompt
+    write_starts: Int[Array, " B"]  # the first position whose K and V are not in the cache yet
 
 
 class States(NamedTuple):

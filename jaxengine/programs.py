@@ -250,6 +250,7 @@ def _decode_batch(
         kv_lens=jnp.where(is_active, positions + 1, 0),
         prompt_lens=sampling.prompt_lens,
         page_table=page_table,
+        write_starts=rows.write_starts,
     )
 
 
@@ -277,4 +278,5 @@ def _ragged_batch(
         kv_lens=rows.starts + rows.query_lens,
         prompt_lens=sampling.prompt_lens,
         page_table=page_table,
+        write_starts=rows.write_starts,
     )

@@ -202,6 +202,7 @@ class Scheduler:
         """The next `query_len` tokens of a request, and the one that each further step draws and
         reads; from here on they all count as computed."""
         start, new_page, num_draws = request.num_computed, 0, 0
+        write_start = len(request.path) * self.kv.page_size  # nobody writes into the tree's pages
         new_tokens: tuple[int, ...] = ()
         if request.unsent:
             query_len, new_tokens = self._take_unsent(request, query_len)
@@ -213,7 +214,9 @@ class Scheduler:
         request.num_computed = end
         if end > len(request.pages) * self.kv.page_size:
             new_page = self.kv.grow(request)
-        return Row(request, request.slot, start, query_len, new_page, num_draws, new_tokens)
+        return Row(
+            request, request.slot, start, query_len, new_page, num_draws, write_start, new_tokens
+        )
 
     def _take_unsent(self, request: Request, query_len: int) -> tuple[int, tuple[int, ...]]:
         """How many tokens a row can read of those that are asked for, and those it brings along. It

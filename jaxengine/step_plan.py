@@ -19,6 +19,7 @@ class Row(NamedTuple):
     query_len: int
     new_page: int  # the one page that the row comes to need and that is not in its table, or 0
     num_draws: int  # 0 where the next token is known; beyond 1 the row goes on from what it drew
+    write_start: int = 0  # the first position whose K and V are not in the pool yet
     new_tokens: tuple[int, ...] = ()  # the last that it reads, where only the host knows them yet
 
     @property

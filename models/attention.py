@@ -135,11 +135,15 @@ def _ragged(batch: Batch) -> dict[str, jax.Array]:
 
 
 def write_pages(batch: Batch, num_pages: int, page_size: int) -> Int[Array, " T"]:
-    """The page that each token's K and V go to; for padding, distinct ones that do not exist."""
+    """The page that each token's K and V go to; for padding, and where they are there already,
+    distinct ones that do not exist."""
     num_rows, num_tokens = batch.page_table.shape[0], batch.rows.shape[0]
     pages = batch.page_table.at[batch.rows, batch.positions // page_size].get(mode="clip")
     nowhere = num_pages + jnp.arange(num_tokens, dtype=pages.dtype)
-    return jnp.where(batch.rows < num_rows, pages, nowhere)
+    writes = batch.rows < num_rows
+    if batch.write_starts is not None:
+        writes &= batch.positions >= batch.write_starts.at[batch.rows].get(mode="clip")
+    return jnp.where(writes, pages, nowhere)
 
 
 def attend_within(

@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     kv_lens: Int[Array, " B"]  # length of the sequence, this step's tokens included
     prompt_lens: Int[Array, " B"]  # length of the prompt: `dynamic` rope scaling depends on it
     page_table: Int[Array, "B P"]  # page ids in order of position; 0 where there is none
+    write_starts: Int[Array, " B"] | None = None  # positions before it have K and V in the cache
 
 
 @runtime_checkable

@@ -94,9 +94,10 @@ class FakeRunner:
     def submit(self, plan: StepPlan) -> list[list[int]]:
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots), "two rows of a step have the same slot"
-        starts = {row.request.rid: row.start for row in plan.rows}
+        starts = {row.request.rid: row.write_start for row in plan.rows}
         for request in plan.admitted:
-            self._install(request, starts.get(request.rid, request.num_computed))
+            shared = len(request.path) * self.page_size
+            self._install(request, starts.get(request.rid, shared))
         for row in plan.rows:
             self._set_new_page(row)
             for token in row.new_tokens:
@@ -153,8 +154,9 @@ class FakeRunner:
         for position in range(start, start + row.query_len):
             page = self.pages[slot.table[position // self.page_size]]
             offset = position % self.page_size
-            assert page[offset] == NOTHING, f"{row.request.rid} overwrites what is in use"
-            page[offset] = slot.values[position], self.weights
+            if position >= row.write_start:
+                assert page[offset] == NOTHING, f"{row.request.rid} overwrites what is in use"
+                page[offset] = slot.values[position], self.weights
 
     def _draw(self, row: Row, step: int) -> int:
         slot, kv_len = self.slot(row), row.start + step + row.query_len

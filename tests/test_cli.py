@@ -107,7 +107,7 @@ def run(*words: str, **settings: Any) -> Any:
 def test_every_available_sampling_parameter_has_an_option() -> None:
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     of_functions = {"logits_processors", "interventions", "custom_params"}  # of a program's own
-    others = UNAVAILABLE.keys() | of_functions | {"stream_interval"}
+    others = UNAVAILABLE.keys() | of_functions | {"stream_interval", "group"}
     assert fields - others == cli.SAMPLING.keys()
 
 

@@ -49,8 +49,10 @@ def test_float32_tokens_equal_the_naive_loop_on_the_cpu(
     save_checkpoint(tmp_path, tiny_config(family, **overrides), seed=1)
     rng = random.Random(0)
     prompts = [
-        [rng.randrange(3, 320) for _ in range(rng.choice([1, 5, 40, 150]))] for _ in range(20)
+        [rng.randrange(3, 320) for _ in range(rng.choice([1, 5, 16, 40, 64, 150]))]
+        for _ in range(20)
     ]
+    prompts += prompts[:12]  # whole pages of which are read once
     with jax.default_device(jax.devices("cpu")[0]):
         naive = naive_greedy(tmp_path, 256)
         expected = [naive(prompt, 12) for prompt in prompts]

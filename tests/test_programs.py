@@ -18,9 +18,11 @@ from jaxengine.compiling import Bucket
 from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
+from jaxengine.models.attention import write_pages
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.embedder import EmbedderConfig
 from jaxengine.models.encoder_config import EncoderConfig
+from jaxengine.models.interface import Batch
 from jaxengine.models.shapes import SHAPES
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
@@ -234,3 +236,21 @@ def test_installing_fills_slots_from_flat_tokens_a_stretch_at_a_time() -> None:
     before, sampling = state.settings.sampling, after.settings.sampling
     np.testing.assert_array_equal(sampling.top_k[jnp.array([0, 3])], [2, 1])
     assert sampling.top_k[1] == before.top_k[1]
+
+
+def test_what_is_in_the_cache_is_not_written_again() -> None:
+    fields = dict(
+        positions=[6, 7, 8, 0, 0],
+        rows=[0, 0, 0, 1, 2],  # the last is padding
+        query_lens=[3, 1],
+        kv_lens=[9, 1],
+        prompt_lens=[9, 1],
+        page_table=[[5, 3, 4], [2, 0, 0]],
+        write_starts=[8, 0],
+    )
+    arrays = {name: jnp.asarray(value, jnp.int32) for name, value in fields.items()}
+    batch = Batch(tokens=jnp.zeros(5, jnp.int32), query_starts=jnp.array([0, 3]), **arrays)
+    written = write_pages(batch, num_pages=9, page_size=4).tolist()
+    assert written == [9, 10, 4, 2, 13], "ids that do not exist are distinct"
+    everything = write_pages(batch._replace(write_starts=None), num_pages=9, page_size=4)
+    assert everything.tolist() == [3, 3, 4, 2, 13]
