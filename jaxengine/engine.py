@@ -7,14 +7,12 @@ import random
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike
 
-from jaxengine.admission import link_groups, make_request
 from jaxengine.delivery import AsyncStream, Call, Stream, wait, wait_async
 from jaxengine.engine_control import ControlMethods
 from jaxengine.engine_embedding import EmbeddingMethods
@@ -23,18 +21,17 @@ from jaxengine.engine_scoring import ScoringMethods
 from jaxengine.engine_sessions import SessionCall, SessionMethods
 from jaxengine.engine_weights import WeightMethods
 from jaxengine.function_checks import registered
-from jaxengine.inputs import Entry, Inputs, normalise
+from jaxengine.inputs import Inputs, normalise
 from jaxengine.logprob_inputs import LogprobOptions
 from jaxengine.loop import Loop
-from jaxengine.request import Request
-from jaxengine.results import StopText, Writer
+from jaxengine.request_maker import RequestMaker
+from jaxengine.results import Writer
 from jaxengine.sampling.extensions import Intervention
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.server_args import ServerArgs
-from jaxengine.sessions import Origin, Sessions
+from jaxengine.sessions import Sessions
 from jaxengine.signatures import takes
 from jaxengine.startup import start
-from jaxengine.tokenizer import encode
 from jaxengine.unavailable import refuse_unavailable
 
 Sampling = Mapping[str, Any] | SamplingParams
@@ -90,6 +87,8 @@ class Engine(
         self._started = start(self.server_args, functions)
         self._loop: Loop = self._started.loop
         self._seeds = random.Random(self._started.random_seed)
+        self._maker = RequestMaker(self._started, self._seeds)
+        self._encode = self._maker.encode
         self._sessions = Sessions()
         # The thread must not keep a forgotten engine alive, and must end before the interpreter
         # does.
@@ -179,7 +178,7 @@ class Engine(
             priority=priority,
             **unavailable,
         )
-        wait_for(self._grammars(inputs))
+        wait_for(self._maker.grammars(inputs.entries))
         call = self._call(inputs, stream, session_params)
         if compiling := self._started.variants.prepare(call.requests):
             compiling.result()
@@ -198,8 +197,9 @@ class Engine(
     ) -> Any:
         """`generate` for coroutines; with `stream`, awaiting it gives an `AsyncStream`."""
         inputs = self._inputs(prompt, sampling_params, input_ids, **options)
+        grammars = map(asyncio.wrap_future, self._maker.grammars(inputs.entries))
         await asyncio.gather(
-            *(asyncio.shield(asyncio.wrap_future(each)) for each in self._grammars(inputs)),
+            *map(asyncio.shield, grammars),
             return_exceptions=True,  # they are raised below, with their prompts
         )
         call = self._call(inputs, stream, session_params)
@@ -280,68 +280,13 @@ class Engine(
             states=return_hidden_states,
         )
 
-    def _grammars(self, inputs: Inputs) -> list[Future]:
-        """Of all grammars that a call needs; each is compiled once, beside the others."""
-        found = (entry.sampling.grammar for entry in inputs.entries)
-        specs = {spec for spec in found if spec is not None}
-        return [self._started.grammars.compile(spec) for spec in specs]
-
     def _call(self, inputs: Inputs, stream: bool, session_params: Mapping[str, Any] | None) -> Call:
         origin = self._origin(session_params)
-        requests = self._requests(inputs.entries, stream, origin)
+        requests = self._maker.requests(inputs.entries, stream, origin)
         options = self._started.output_options(stream)
         writers = [Writer(request, self._started.tokenizer, options) for request in requests]
         make_call = Call if origin is None else partial(SessionCall, self._sessions, origin)
         return make_call(requests, writers, self._loop, is_batch=inputs.is_batch, owner=self)
-
-    def _requests(self, entries: list[Entry], stream: bool, origin: Origin | None) -> list[Request]:
-        """All requests of a call, or the error of the first that cannot be one."""
-        encoded = cache(self._encode)  # samples of a prompt, and equal prompts, are encoded once
-        requests = []
-        for index, entry in enumerate(entries):
-            try:
-                ids = encoded(entry.text) if entry.input_ids is None else entry.input_ids
-                if origin is not None:
-                    ids = origin.followed_by(ids, self._started.bos_token_id)
-                requests.append(self._request(entry, ids, stream))
-            except ValueError as error:
-                where = f"prompt {index // entry.sampling.n}: " if len(entries) > 1 else ""
-                raise ValueError(f"{where}{error}") from None
-        link_groups(entries, requests)
-        return requests
-
-    def _request(self, entry: Entry, ids: Sequence[int], stream: bool) -> Request:
-        sampling = entry.sampling
-        request = make_request(entry, ids, self._started.limits, self._seeds)
-        if stream:
-            request.stream_interval = sampling.stream_interval or self.server_args.stream_interval
-        if sampling.grammar is not None:
-            request.matcher = self._started.grammars.compile(sampling.grammar).result().clone()
-            request.skips_forced = self._skips_forced(request)
-        if sampling.stop or sampling.stop_regex:
-            if self._started.tokenizer is None:
-                field = "stop" if sampling.stop else "stop_regex"
-                raise ValueError(
-                    f"{field}: needs text, and this engine has no tokenizer; use stop_token_ids"
-                )
-            request.stop_text = StopText(self._started.tokenizer, request)
-        return request
-
-    def _skips_forced(self, request: Request) -> bool:
-        """Not where something is told or remembered of each token, nor in a group, which draws side
-        by side, nor where rows that read hold up rows that decode."""
-        tells = not (request.logprobs is request.states is request.processor is None)
-        remembers = self._started.limits.functions.remembers(request.sampling.functions)
-        is_alone = request.sampling.group is None
-        goes_on = request.max_new_tokens > 0 and self.server_args.enable_mixed_chunk
-        return is_alone and goes_on and not tells and not remembers
-
-    def _encode(self, text: str) -> list[int]:
-        if self._started.tokenizer is None:
-            raise ValueError(
-                "prompt: this engine has no tokenizer (skip_tokenizer_init); pass input_ids"
-            )
-        return encode(self._started.tokenizer, text)
 
 
 def _check_defaults(args: ServerArgs) -> None:
