@@ -237,23 +237,8 @@ class Engine(
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _inputs(
-        self,
-        prompt: Any,
-        sampling_params: Any,
-        input_ids: Any,
-        *,
-        return_logprob: Any = None,
-        logprob_start_len: Any = None,
-        top_logprobs_num: Any = None,
-        token_ids_logprob: Any = None,
-        custom_logit_processor: Any = None,
-        return_hidden_states: Any = None,
-        rid: Any = None,
-        priority: Any = None,
-        **unavailable: Any,
-    ) -> Inputs:
-        """What a call asks for, sample by sample."""
+    def _inputs(self, prompt: Any, sampling_params: Any, input_ids: Any, **options: Any) -> Inputs:
+        """What a call asks for, sample by sample; the options are `generate`'s by name."""
         if not self._loop.is_alive:
             raise self._loop.refusal()
         if self._started.found.embeddings is not None:
@@ -261,23 +246,21 @@ class Engine(
                 "generate: this engine makes embeddings; call encode, or load a model that "
                 "generates, without is_embedding"
             )
-        refuse_unavailable(unavailable)
+        take = lambda name: options.pop(name, None)
+        asked: dict[str, Any] = dict(
+            logprobs=LogprobOptions(*map(take, LogprobOptions._fields)),
+            processor=take("custom_logit_processor"),
+            states=take("return_hidden_states"),
+            rid=take("rid"),
+            priority=take("priority"),
+        )
+        refuse_unavailable(options)
         args = self.server_args
         has_priority = args.enable_priority_scheduling or args.schedule_policy == "priority"
-        if priority is not None and not has_priority:
+        if asked["priority"] is not None and not has_priority:
             warnings.warn("priority: needs enable_priority_scheduling=True", stacklevel=3)
         return normalise(
-            prompt,
-            sampling_params,
-            input_ids,
-            rid=rid,
-            priority=priority,
-            defaults=args.sampling_defaults,
-            logprobs=LogprobOptions(
-                return_logprob, logprob_start_len, top_logprobs_num, token_ids_logprob
-            ),
-            processor=custom_logit_processor,
-            states=return_hidden_states,
+            prompt, sampling_params, input_ids, defaults=args.sampling_defaults, **asked
         )
 
     def _call(self, inputs: Inputs, stream: bool, session_params: Mapping[str, Any] | None) -> Call:

@@ -93,9 +93,10 @@ class Occupation:
                 self._write(writes, tensors)
                 if weight_version is not None:
                     self._loop.weight_version = weight_version
-                self._has_stale |= flush_cache and self._is_open
-                is_last = flush_cache and not self._is_open
-                return self._loop.scheduler.start_over() if is_last else 0
+                if self._is_open:
+                    self._has_stale |= flush_cache
+                    return 0
+                return self._loop.scheduler.start_over() if flush_cache else 0
 
             return self._loop.call(run).result()
 

@@ -27,17 +27,16 @@ def finish_step(
     if plan.wanted is None and not any(map(_draws, plan.rows)):
         return paused.told  # all are amidst their prompts
     masks = runner.everything(paused)
-    drawing = [row.request if _draws(row) else None for row in plan.rows]
-    foreseen = [row.foreseen if _draws(row) else None for row in plan.rows]
+    drawing = [row if _draws(row) else None for row in plan.rows]
     if fill_masks is not None:
-        _fill(masks, drawing, foreseen, fill_masks, fail)
-    processors = {each.processor for each in drawing if each is not None} - {None}
+        _fill(masks, drawing, fill_masks, fail)
+    processors = {row.request.processor for row in drawing if row is not None} - {None}
     if not processors:
         return runner.draw(paused, masks)
     logits = runner.adjust(paused, masks)
     for processor in processors:
-        rows = [i for i, each in enumerate(drawing) if each and each.processor is processor]
-        _process(processor, [drawing[i] for i in rows], rows, logits, fail)
+        rows = [i for i, row in enumerate(drawing) if row and row.request.processor is processor]
+        _process(processor, [plan.rows[i].request for i in rows], rows, logits, fail)
     return runner.choose(paused, logits)
 
 
@@ -46,27 +45,23 @@ def _draws(row: Row) -> bool:
 
 
 def _fill(
-    masks: np.ndarray,
-    drawing: Sequence[Request | None],
-    foreseen: Sequence[int | None],
-    fill_masks: FillMasks,
-    fail: Fail,
+    masks: np.ndarray, drawing: Sequence[Row | None], fill_masks: FillMasks, fail: Fail
 ) -> None:
     """Of each row with a grammar what that allows: one token alone, where the grammar has gone on
     beyond it."""
+    foreseen = [None if row is None else row.foreseen for row in drawing]
     matchers = [
-        None if request is None or token is not None else request.matcher
-        for request, token in zip(drawing, foreseen, strict=True)
+        None if row is None or token is not None else row.request.matcher
+        for row, token in zip(drawing, foreseen, strict=True)
     ]
     if any(matchers):
         fill_masks(matchers, masks[: len(matchers)])
-    for index, token in enumerate(foreseen):
+    for index, (row, token, matcher) in enumerate(zip(drawing, foreseen, matchers, strict=True)):
         if token is not None:
             masks[index] = only(token, masks.shape[1])
-    for index, (request, matcher) in enumerate(zip(drawing, matchers, strict=True)):
-        if request is not None and matcher is not None and matcher.error:
+        elif row is not None and matcher is not None and matcher.error:
             masks[index] = -1
-            fail(request, f"grammar: {matcher.error}")
+            fail(row.request, f"grammar: {matcher.error}")
 
 
 def _process(

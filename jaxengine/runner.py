@@ -21,7 +21,7 @@ from jaxengine.profiling import launch_annotations
 from jaxengine.request import Request
 from jaxengine.request_state import RequestState
 from jaxengine.sampling.masks import everything
-from jaxengine.step_plan import MAX_UNSENT, StepPlan
+from jaxengine.step_plan import StepPlan
 from jaxengine.step_programs import INSTALL, StepPrograms
 from jaxengine.variants import Variants
 
@@ -210,7 +210,8 @@ class Runner:
         fields[: len(plan.rows)] = [row[1 : NUM_ROW_FIELDS + 1] for row in plan.rows]
         if plan.pauses:
             for index, row in enumerate(plan.rows):
-                new_tokens[index, MAX_UNSENT - len(row.new_tokens) :] = row.new_tokens
+                if row.new_tokens:
+                    new_tokens[index, -len(row.new_tokens) :] = row.new_tokens
         if variant.wanted is not None:
             for index, row in enumerate(plan.rows):
                 asked = row.request.logprobs.ids if row.request.logprobs else ()

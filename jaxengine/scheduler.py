@@ -155,6 +155,9 @@ class Scheduler:
         if not rows:
             return None
         self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY**num_steps)
+        return self._plan(rows, admitted, num_steps)
+
+    def _plan(self, rows: list[Row], admitted: list[Request], num_steps: int) -> StepPlan:
         num_tokens = sum(row.query_len for row in rows)
         num_steps = num_steps if num_tokens == len(rows) else 0
         asking = [row for row in rows if row.request.asks_more]
@@ -314,8 +317,9 @@ class Scheduler:
         num_needed = sum(map(self.kv.lacks_page, runnable))
         while num_needed > self.kv.num_available:
             last = max(runnable, key=lambda request: request.order)
-            num_needed -= sum(self.kv.lacks_page(r) for r in runnable if r in last.mates)
-            runnable[:] = [request for request in runnable if request not in last.mates]
+            mates = last.mates
+            num_needed -= sum(self.kv.lacks_page(r) for r in runnable if r in mates)
+            runnable[:] = [request for request in runnable if request not in mates]
             if runnable:
                 self._retract(last)
                 self._growth = min(1.0, self._growth + GROWTH_RAISE)

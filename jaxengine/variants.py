@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 from jaxengine.compiling import Bucket, compile_all
@@ -79,7 +80,8 @@ class Variants:
         """Compiles what such requests need; None where all of it is there."""
         asking = (request for request in requests if request.asks_more)
         needs = {need for request in asking for need in needs_of(request)}
-        missing = {key for need in needs for key in self._keys(need)} - self._compiled.keys()
+        keys = {key for need in needs for key in self._keys(need)}
+        missing = {key for key in keys if key not in self._compiled}
         return self._worker.submit(self._compile, missing) if missing else None
 
     def close(self) -> None:
@@ -88,12 +90,9 @@ class Variants:
         self._compiled.clear()
 
     def _compile(self, keys: set[Key]) -> None:
-        tasks = {key: self._tracing(key) for key in keys - self._compiled.keys()}
-        if tasks:
+        tasks = {key: partial(self._trace, key) for key in keys if key not in self._compiled}
+        if tasks:  # another call may have asked for the same
             self._compiled.update(compile_all(tasks, shows_progress=self._shows_progress))
-
-    def _tracing(self, key: Key) -> Callable[[], Callable[[], Any]]:
-        return lambda: self._trace(key)
 
     def _trace(self, key: Key) -> Callable[[], Any]:
         size, variant = key
