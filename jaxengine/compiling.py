@@ -26,12 +26,18 @@ Key = TypeVar("Key")
 class Bucket(NamedTuple):
     """The static size of a launch: `num_tokens` query tokens in at most `num_rows` rows.
 
-    With `num_steps`, it decodes: each row has one token, and goes on for so many steps.
+    With `num_steps`, it decodes: each token stands alone, and goes on for so many steps. Where such
+    a launch has more tokens than rows, those beyond them come before the last of some row.
     """
 
     num_tokens: int
     num_rows: int
     num_steps: int = 0
+
+    @property
+    def num_packed(self) -> int:
+        """Rows of the upload."""
+        return self.num_tokens if self.num_steps else self.num_rows
 
 
 def rungs(ladder: Sequence[int], top: int) -> tuple[int, ...]:

@@ -57,12 +57,14 @@ def read(
     packed_rows: Int[Array, "B fields"],
     *,
     num_tokens: int | None,
+    num_drawing: int | None = None,
     new_tokens: Int[Array, "B N"] | None = None,
     options: Options = PLAIN,
-) -> tuple[KVCache, RequestState, Float32[Array, "B V"], Outputs]:
+) -> tuple[KVCache, RequestState, Float32[Array, "drawing V"], Outputs]:
     """The first part of a step: one pass over `num_tokens` flat tokens, or over one token of each
-    row where that is None, the logits behind each row, and what is wanted to know of its tokens.
-    The new ones join the histories before: they are the last that each row reads, behind -1."""
+    row where that is None, the logits behind each of the first `num_drawing` rows, and what is
+    wanted to know of its tokens. The new ones join the histories before: they are the last that
+    each row reads, behind -1."""
     rows, state = _begin(cache, state, packed_rows)
     if new_tokens is not None:
         state = _with_new_tokens(state, rows, new_tokens)
@@ -77,9 +79,9 @@ def read(
     if batch.query_starts is not None:
         hidden = hidden[last_tokens(batch)]
     with jax.named_scope("logits"):
-        logits = model.logits(hidden)
-    nothing_drawn = jnp.zeros((0, len(rows.slots)), jnp.int32)
-    states = states and states._replace(last=states.last[None])
+        logits = model.logits(hidden[:num_drawing])
+    nothing_drawn = jnp.zeros((0, len(logits)), jnp.int32)
+    states = states and states._replace(last=states.last[None, :, :num_drawing])
     return cache, state, logits, Outputs(nothing_drawn, None, of_inputs, states)
 
 

@@ -15,12 +15,14 @@ import numpy as np
 from jaxengine.compiling import Bucket, thinned
 from jaxengine.hidden_states import Launch, WantedStates
 from jaxengine.installs import installs
-from jaxengine.launch import NUM_ROW_FIELDS, Outputs, RowInputs, Variant
+from jaxengine.launch import Outputs, Variant
 from jaxengine.logprobs import Told
+from jaxengine.packing import pack, padding
 from jaxengine.profiling import launch_annotations
 from jaxengine.request import Request
 from jaxengine.request_state import RequestState
 from jaxengine.sampling.masks import everything
+from jaxengine.small_blocks import small_blocks
 from jaxengine.step_plan import StepPlan
 from jaxengine.step_programs import INSTALL, StepPrograms
 from jaxengine.variants import Variants
@@ -49,6 +51,7 @@ class Runner:
     ):
         self._params = tuple(jax.tree.leaves(params))
         self._install = executables[INSTALL]
+        self._logits: dict[int, jax.Array] = {}  # of steps that pause, by their number of rows
         self._steps: dict[Bucket, Any] = {
             key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
         }
@@ -60,6 +63,8 @@ class Runner:
         self._empty_install = steps.empty_install()
         self.put_buffers(self.make_buffers())
         self._num_slots = self._state.tokens.shape[0] - 1
+        masks = everything(max(bucket.num_rows for bucket in self._steps), steps.vocab_size)
+        self._blocks = small_blocks(steps.device, masks.nbytes)
         self._annotation = launch_annotations()
         self._warm_up()
 
@@ -70,12 +75,12 @@ class Runner:
         part = "read" if plan.pauses else self._plain.part
         variant = Variant(part, plan.wanted, plan.states)
         bucket = self._bucket(plan, variant)
-        rows = self._packed_rows(plan, bucket.num_rows, variant)
+        rows = pack(plan, bucket, variant, self._num_slots)
         with self._annotation(plan):
             made = self._run(bucket, rows, variant)
         if not plan.pauses:
             return _sent(made[0])
-        return Paused(rows, variant, *made)
+        return Paused(rows[: bucket.num_rows], variant, *made)
 
     def everything(self, paused: Paused) -> np.ndarray:
         """Packed bits `[B, words]` that allow every row of a paused plan every token; the rows of
@@ -147,13 +152,15 @@ class Runner:
 
     def delete_buffers(self) -> None:
         """Gives the memory of KV pool and request state back, likewise."""
-        _delete((self._cache, self._state))
+        _delete((self._cache, self._state, self._logits))
+        self._logits.clear()
 
     def close(self) -> None:
         """Gives the device memory back. Nothing of the device is left to be freed later, perhaps
         when the interpreter is half gone already."""
         self.delete_params()
         self.delete_buffers()
+        _delete(self._blocks)
         self._params = self._cache = ()
         del self._state, self._install, self._steps
         self.variants.close()
@@ -162,10 +169,11 @@ class Runner:
         """The smallest that holds the plan: a decoding one if there is one so large."""
         fitting = [
             bucket
-            for bucket in (self._steps if variant == self._plain else self.variants.sizes)
+            for bucket in (self._steps if variant == self._plain else self.variants.sizes(variant))
             if bucket.num_tokens >= plan.num_tokens and bucket.num_rows >= len(plan.rows)
         ]
-        decoding = (bucket for bucket in fitting if bucket.num_steps == plan.num_steps)
+        num_steps = 1 if plan.pauses and plan.spreads else plan.num_steps
+        decoding = (bucket for bucket in fitting if bucket.num_steps == num_steps)
         return next(decoding, None) or next(bucket for bucket in fitting if not bucket.num_steps)
 
     def _run(self, bucket: Bucket, rows: np.ndarray, variant: Variant) -> Sequence[Any]:
@@ -173,9 +181,21 @@ class Runner:
         step = self._steps[bucket] if is_plain else self.variants.get(bucket, variant)
         *changing, settings = self._state
         given = self._params, self._cache, tuple(changing), settings, rows
+        if variant.part == "read":
+            given = *given, self._logits_to_write(bucket.num_rows)
         self._cache, changing, *made = step(*given)
         self._state = RequestState(*changing, settings=settings)
+        if variant.part == "read":
+            self._logits[bucket.num_rows] = made[0]
         return made
+
+    def _logits_to_write(self, num_rows: int) -> jax.Array:
+        """Always the same memory for so many rows, which thus stays out of the way of other."""
+        if num_rows not in self._logits:
+            shape = self._programs.logits_shape(num_rows)
+            zeros = np.zeros(shape.shape, shape.dtype)
+            return jax.device_put(zeros, shape.sharding, may_alias=False)
+        return self._logits.pop(num_rows)
 
     def _save(self, retracted: Sequence[tuple[Request, int]]) -> None:
         """Takes down what registered functions remember of requests that lose their slots."""
@@ -203,33 +223,11 @@ class Runner:
             if request.memory is not None:
                 self._restore(request)
 
-    def _packed_rows(self, plan: StepPlan, num_rows: int, variant: Variant) -> np.ndarray:
-        packed = self._padding_rows(num_rows, variant)
-        fields, new_tokens, ids = variant.split(packed)
-        # All but the request and the tokens that it brings along.
-        fields[: len(plan.rows)] = [row[1 : NUM_ROW_FIELDS + 1] for row in plan.rows]
-        if plan.pauses:
-            for index, row in enumerate(plan.rows):
-                if row.new_tokens:
-                    new_tokens[index, -len(row.new_tokens) :] = row.new_tokens
-        if variant.wanted is not None:
-            for index, row in enumerate(plan.rows):
-                asked = row.request.logprobs.ids if row.request.logprobs else ()
-                ids[index, : len(asked)] = asked
-        return packed
-
-    def _padding_rows(self, num_rows: int, variant: Variant) -> np.ndarray:
-        packed = np.zeros((num_rows, variant.num_fields), np.int32)
-        fields, new_tokens, _ = variant.split(packed)
-        fields[:, RowInputs._fields.index("slots")] = self._num_slots
-        new_tokens[:] = -1
-        return packed
-
     def _warm_up(self) -> None:
         """Runs every step once on padding alone: libraries and graphs are set up before the first
         request."""
         for bucket in self._steps:
-            rows = self._padding_rows(bucket.num_rows, self._plain)
+            rows = padding(bucket, self._plain, self._num_slots)
             jax.block_until_ready(self._run(bucket, rows, self._plain))
 
 

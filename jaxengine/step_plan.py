@@ -42,6 +42,14 @@ class StepPlan(NamedTuple):
     states: WantedStates | None = None  # hidden ones
     pauses: bool = False  # between the model and the draw, for the host to have its say
 
+    @property
+    def spreads(self) -> bool:
+        """Whether its tokens can stand alone, as where one decodes. Each reads its context, and
+        those that come before the last of a row are too few for that to count."""
+        tells_inputs = any(asked and asked.of_inputs for asked in (self.wanted, self.states))
+        num_more = self.num_tokens - len(self.rows)
+        return not tells_inputs and num_more <= max(MAX_UNSENT, len(self.rows))
+
 
 def wanted_of(rows: Sequence[Row]) -> Wanted | None:
     """What the launch has to tell of distributions, all rows together."""

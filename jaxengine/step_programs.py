@@ -31,10 +31,9 @@ MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
 
 # Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there. Few and long
 # kernels need no CUDA graph, but for conditionals: without one the host would wait for each.
-EXTEND_OPTIONS = {
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL",
-}
+EXTEND_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+LONG_OPTIONS = EXTEND_OPTIONS | {"xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL"}
+MAX_GRAPH_TOKENS = 1024  # beyond that, kernels take longer than their launches
 
 
 class StepPrograms:
@@ -130,18 +129,22 @@ class StepPrograms:
         variant = variant or self.plain
         step = partial(self._step, bucket=bucket, variant=variant)
         kind = f"decode{bucket.num_steps}"
+        if bucket.num_steps and bucket.num_tokens > bucket.num_rows:
+            kind += f"_{bucket.num_tokens}"
         if not bucket.num_steps:
             kind = f"{'embed' if variant.part == 'embed' else 'extend'}_{bucket.num_tokens}"
         step.__name__ = f"{kind}x{bucket.num_rows}"  # type: ignore[attr-defined]
-        return self._lower(step, self.step_arguments(bucket, num_pages, variant), (1, 2))
+        arguments = self.step_arguments(bucket, num_pages, variant)
+        return self._lower(step, arguments, (1, 2, *range(5, len(arguments))))
 
     def trace_step(
         self, bucket: Bucket, num_pages: int, variant: Variant | None = None
     ) -> Callable[[], Any]:
         """What compiles a step or the first part of one, or loads it."""
         variant = variant or self.plain
-        is_extend = self.device.platform == "gpu" and not bucket.num_steps
-        options = EXTEND_OPTIONS if is_extend else None
+        options = None
+        if self.device.platform == "gpu" and not bucket.num_steps:
+            options = EXTEND_OPTIONS if bucket.num_tokens <= MAX_GRAPH_TOKENS else LONG_OPTIONS
         arguments = self.step_arguments(bucket, num_pages, variant)
         results = arguments[1], arguments[2], *variant.structure
         return self._executables.through(
@@ -156,10 +159,10 @@ class StepPrograms:
     def trace_draw(self, num_rows: int, variant: Variant) -> Callable[[], Any]:
         """What compiles the second part of steps of so many rows, or some of it, or loads it."""
         rows, V = self._rows(num_rows, variant), self.vocab_size
-        logits = jax.ShapeDtypeStruct((num_rows, V), np.float32)
-        masks = jax.ShapeDtypeStruct((num_rows, num_words(V)), np.int32)
-        both = logits, logits if variant.part == "choose" else masks
-        arguments = *_split(self.state_shapes), rows, *self._placed(both)
+        logits = self.logits_shape(num_rows)
+        masks = self._placed(jax.ShapeDtypeStruct((num_rows, num_words(V)), np.int32))
+        other = logits if variant.part == "choose" else masks
+        arguments = *_split(self.state_shapes), rows, logits, other
         made = variant.structure
         results = made if variant.part == "adjust" else (arguments[0], *made)
         step = partial(self._draw, variant=variant)
@@ -174,13 +177,20 @@ class StepPrograms:
 
     def _lower(self, step: Any, arguments: Any, donated: tuple[int, ...]) -> Any:
         with _exact_float32(self.params):
-            return jax.jit(step, donate_argnums=donated).lower(*arguments)
+            return jax.jit(step, donate_argnums=donated, keep_unused=True).lower(*arguments)
 
     def step_arguments(self, bucket: Bucket, num_pages: int, variant: Variant) -> tuple[Any, ...]:
         """Parameters, KV pool, the request state that a step changes and that which it only reads,
-        and packed rows: shapes."""
-        rows, cache = self._rows(bucket.num_rows, variant), self.cache_shapes(num_pages)
-        return self.params, cache, *_split(self.state_shapes), rows
+        and packed rows: shapes. Of a step that pauses the logits, too, which it writes over."""
+        rows, cache = self._rows(bucket.num_packed, variant), self.cache_shapes(num_pages)
+        arguments = self.params, cache, *_split(self.state_shapes), rows
+        if variant.part == "read":
+            arguments = *arguments, self.logits_shape(bucket.num_rows)
+        return arguments
+
+    def logits_shape(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        """Between the parts of a step."""
+        return self._placed(jax.ShapeDtypeStruct((num_rows, self.vocab_size), np.float32))
 
     def _rows(self, num_rows: int, variant: Variant) -> Any:
         return self._placed(jax.ShapeDtypeStruct((num_rows, variant.num_fields), np.int32))
@@ -213,7 +223,7 @@ class StepPrograms:
             trace=lambda: self._lower(program, arguments, (0,)).compile,
         )
 
-    def _step(self, params, cache, changing, settings, rows, *, bucket, variant):
+    def _step(self, params, cache, changing, settings, rows, *logits, bucket, variant):
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
         rows, new_tokens, options = self._options(rows, variant)
         run: Callable[..., Any]
@@ -221,7 +231,12 @@ class StepPrograms:
             run = partial(programs.embed, num_tokens=bucket.num_tokens)
         elif variant.part == "read":
             num_tokens = None if bucket.num_steps else bucket.num_tokens
-            run = partial(programs.read, num_tokens=num_tokens, new_tokens=new_tokens)
+            run = partial(
+                programs.read,
+                num_tokens=num_tokens,
+                num_drawing=bucket.num_rows,
+                new_tokens=new_tokens,
+            )
         elif bucket.num_steps:
             run = partial(programs.decode, num_steps=bucket.num_steps)
         else:

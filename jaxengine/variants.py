@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxengine.compiling import Bucket, compile_all
 from jaxengine.launch import Part, Variant
 from jaxengine.request import Request
-from jaxengine.step_plan import Row, states_of, wanted_of
+from jaxengine.step_plan import MAX_UNSENT, Row, states_of, wanted_of
 from jaxengine.step_programs import StepPrograms
 
 Key = tuple[Bucket | int, Variant]  # a step by its size, or a draw by its number of rows
@@ -51,7 +51,8 @@ def needs_of(request: Request) -> Iterator[Need]:
 
 
 class Variants:
-    """All of one engine, by size; of fewer sizes than plain steps have. Thread-safe."""
+    """All of one engine, by size; of fewer sizes than plain steps have, but for those that bring
+    tokens along. Thread-safe."""
 
     def __init__(
         self,
@@ -61,12 +62,17 @@ class Variants:
         *,
         shows_progress: bool = False,
     ):
-        self.sizes = sizes
+        self._sizes = sizes
+        self._roomy_sizes = sorted([*sizes, *filter(None, map(_with_room, sizes))])
         self._programs = programs
         self._num_pages = num_pages
         self._shows_progress = shows_progress
         self._compiled: dict[Key, Any] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="jaxengine-variants")
+
+    def sizes(self, variant: Variant) -> Sequence[Bucket]:
+        """In the order in which the smallest that fits is sought."""
+        return self._roomy_sizes if variant.part == "read" else self._sizes
 
     def get(self, size: Bucket | int, variant: Variant) -> Any:
         """An executable; compiled now where nobody foresaw it, as in a batch of several wishes."""
@@ -101,7 +107,13 @@ class Variants:
         return self._programs.trace_draw(size, variant)
 
     def _keys(self, need: Need) -> Iterator[Key]:
-        for size in self.sizes:
+        for size in self.sizes(need.variant):
             if need.is_met_by(size):
                 yield size, need.variant
                 yield from ((size.num_rows, need.variant.second(part)) for part in need.draws)
+
+
+def _with_room(size: Bucket) -> Bucket | None:
+    """A decoding step for as many rows, of which some read several tokens."""
+    room = max(MAX_UNSENT, size.num_rows // 2)
+    return size._replace(num_tokens=size.num_rows + room) if size.num_steps == 1 else None

@@ -286,20 +286,21 @@ class FakeClock:
 
 
 class FakeRunner:
-    """Launches take 1, steps 10, one after the other; `collect` waits."""
+    """Launches take 1, steps 10, one after the other; `collect` waits. As of a device, a step is a
+    tree of what it makes."""
 
     name = "fake"
 
     def __init__(self, clock: FakeClock):
         self.clock, self.free, self.closed = clock, 0.0, False
 
-    def submit(self, plan: Any) -> FakeStep:
+    def submit(self, plan: Any) -> tuple[FakeStep, None]:
         self.clock.now += 1
         self.free = max(self.free, self.clock.now) + 10
-        return FakeStep(self.clock, self.free)
+        return FakeStep(self.clock, self.free), None
 
-    def collect(self, step: FakeStep) -> list[list[int]]:
-        self.clock.now = max(self.clock.now, step.end)
+    def collect(self, step: tuple[FakeStep, None]) -> list[list[int]]:
+        self.clock.now = max(self.clock.now, step[0].end)
         return [[1]]
 
     def collect_embeddings(self, step: FakeStep) -> None:

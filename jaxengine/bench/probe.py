@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxengine.engine import Engine
 from jaxengine.loop import StepRunner
 
@@ -108,6 +110,8 @@ def probed(engine: Engine) -> Iterator[Probe]:
 
 
 def _is_done(submitted: Any) -> bool:
-    """Whether a step has ended; what is no array, as of a runner without a device, has."""
-    is_ready = getattr(submitted, "is_ready", None)
-    return is_ready is None or is_ready()
+    """Whether a step has ended. What it made and what took that over since has ended with it; what
+    is no array, as of a runner without a device, is there."""
+    arrays = [leaf for leaf in jax.tree.leaves(submitted) if hasattr(leaf, "is_ready")]
+    taken = (isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
+    return all(gone or array.is_ready() for array, gone in zip(arrays, taken, strict=True))
