@@ -121,14 +121,22 @@ def _compile(
     """The pool's size and all executables for it. What the largest step takes is known for sure
     only then; if it is more than was thought, everything is built again for a smaller pool."""
     num_pages = _num_pages(args, programs, sizes, demand)
+    several = {bucket.num_rows: bucket for bucket in sizes.buckets if bucket.num_steps > 1}
+    singles = [bucket for bucket in sizes.buckets if bucket.num_steps == 1]
+    after: dict[Any, Any] = {
+        one: several[one.num_rows] for one in singles if one.num_rows in several
+    }
+    # Those that others wait for first, then the slowest.
+    buckets = [*after.values(), *reversed(sizes.buckets)]
+    buckets = [*dict.fromkeys(bucket for bucket in buckets if bucket not in after), *after]
     tasks: dict[Any, Any] = {
-        bucket: lambda bucket=bucket: programs.trace_step(bucket, num_pages)
-        for bucket in reversed(sizes.buckets)  # the slowest first
+        bucket: lambda bucket=bucket: programs.trace_step(bucket, num_pages) for bucket in buckets
     }
     executables = compile_all(
         tasks | {INSTALL: programs.trace_install},
         shows_progress=args.show_progress,
         beside=reading,
+        after=after,
     )
     steps = max(map(step_bytes, executables.values()))
     if num_pages > _num_pages(args, programs, sizes, demand._replace(steps=steps)):

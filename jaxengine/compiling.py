@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,11 +77,14 @@ def compile_all(
     shows_progress: bool,
     num_threads: int | None = None,
     beside: Future | None = None,
+    after: Mapping[Key, Key] | None = None,
 ) -> dict[Key, Any]:
     """What the tasks compile, side by side; the first failure is raised, of `beside` too.
 
     Each task traces a program and returns what compiles it. Tracing is Python and would not gain
-    from threads: one is traced after the other while those before it compile.
+    from threads: one is traced after the other while those before it compile. What stands in
+    `after` is compiled when the other one is, which has to come first among the tasks: how their
+    common kernels are best built is then tried out once.
     """
     started = time.perf_counter()
     num_threads = num_threads or min(os.cpu_count() or 1, MAX_THREADS)
@@ -93,7 +96,8 @@ def compile_all(
             with _no_garbage_collection():
                 for key, trace in tasks.items():
                     _raise_failure([*others, *futures.values()])
-                    futures[key] = threads.submit(trace())
+                    first = futures.get(after[key]) if after and key in after else None
+                    futures[key] = threads.submit(_compile_after, first, trace())
                     futures[key].add_done_callback(lambda _: bar.update())
             logger.info("traced %d programs: %.1f s", len(tasks), time.perf_counter() - started)
             for future in as_completed([*others, *futures.values()]):
@@ -102,6 +106,12 @@ def compile_all(
             threads.shutdown(wait=False, cancel_futures=True)
             raise
     return {key: future.result() for key, future in futures.items()}
+
+
+def _compile_after(first: Future | None, compile_now: Callable[[], Any]) -> Any:
+    if first is not None:
+        wait([first])
+    return compile_now()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from jaxengine.sampling.masks import num_words
 from jaxengine.sampling_params import SamplingParams
 
 INSTALL = "install"  # key of the one program that is not a step
-INSTALL_ROWS = 8  # requests that it installs at a time
+INSTALL_ROWS = 32  # requests that it installs at a time
 EMBED_INSTALL_ROWS = 64  # where a step may begin and end hundreds
 MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
 

@@ -26,6 +26,35 @@ def test_all_are_built_whatever_the_number_of_threads() -> None:
             )
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_is_built_when_another_is(fails: bool) -> None:
+    begun, may_end, order = threading.Event(), threading.Event(), []
+
+    def first() -> str:
+        begun.set()
+        may_end.wait(10)
+        order.append("first")
+        if fails:
+            raise ValueError("cannot be compiled")
+        return "one"
+
+    def third() -> str:
+        assert begun.wait(10)
+        order.append("third")
+        may_end.set()
+        return "three"
+
+    def second() -> str:
+        order.append("second")
+        return "two"
+
+    tasks = {"one": lambda: first, "two": lambda: second, "three": lambda: third}
+    with pytest.raises(ValueError, match="cannot be compiled") if fails else nullcontext():
+        built = compile_all(tasks, num_threads=3, shows_progress=False, after={"two": "one"})
+        assert built == {"one": "one", "two": "two", "three": "three"}
+    assert order[:2] == ["third", "first"]
+
+
 def test_a_failure_is_raised() -> None:
     def fail():
         raise ValueError("cannot be lowered")

@@ -2,6 +2,7 @@
 in which a request's parameters travel there. It knows of a field only which value means "off"."""
 
 from collections.abc import Collection
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -39,14 +40,15 @@ FLOAT_PARAMS = (
     "repetition_penalty",
 )
 
+LARGEST = float(np.finfo(np.float32).max)
 NO_TOKEN = np.iinfo(np.int32).max
 """An id that no vocabulary holds: a write there is dropped."""
 
 
 def empty_state(slots: int, num_stop_ids: int, num_bias: int) -> SamplingState:
     """Rows that decode greedily and without any filter."""
-    row = _neutral_row(num_stop_ids, num_bias)
-    fields = (np.broadcast_to(field, (slots, *field.shape)) for field in row.values())
+    [row] = _neutral_row(num_stop_ids, num_bias)
+    fields = (np.broadcast_to(field, (slots, *field.shape)) for field in row)
     return SamplingState(*map(jnp.array, fields))
 
 
@@ -67,20 +69,22 @@ def pack(
     biases = params.logit_bias or {}
     _refuse_overflow("stop_token_ids", len(stop_ids), num_stop_ids)
     _refuse_overflow("logit_bias", len(biases), num_bias)
-    row = _neutral_row(num_stop_ids, num_bias)
+    row = _neutral_row(num_stop_ids, num_bias).copy()
     for name in FLOAT_PARAMS:
-        row[name] = _float32(getattr(params, name))
+        row[name] = _within_float32(getattr(params, name))
     if params.is_greedy:
-        row["temperature"] = np.float32(0)
+        row["temperature"] = 0
     if params.top_k > 0:
-        row["top_k"] = np.int32(min(params.top_k, NO_TOKEN))
-    row["min_new_tokens"] = np.int32(min(params.min_new_tokens, NO_TOKEN))
-    row["prompt_lens"] = np.int32(prompt_len)
-    row["seed"][:] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
-    row["stop_ids"][: len(stop_ids)] = list(stop_ids)
-    row["bias_ids"][: len(biases)] = [int(token) for token in biases]
-    row["bias_values"][: len(biases)] = [_float32(bias) for bias in biases.values()]
-    return np.concatenate([np.atleast_1d(field).view(np.int32) for field in row.values()])
+        row["top_k"] = min(params.top_k, NO_TOKEN)
+    row["min_new_tokens"] = min(params.min_new_tokens, NO_TOKEN)
+    row["prompt_lens"] = prompt_len
+    row["seed"] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
+    if stop_ids:
+        row["stop_ids"][0, : len(stop_ids)] = list(stop_ids)
+    if biases:
+        row["bias_ids"][0, : len(biases)] = [int(token) for token in biases]
+        row["bias_values"][0, : len(biases)] = list(map(_within_float32, biases.values()))
+    return row.view(np.int32)
 
 
 def num_fields(state: SamplingState) -> int:
@@ -101,20 +105,22 @@ def install(
     return SamplingState(*fields)
 
 
-def _neutral_row(num_stop_ids: int, num_bias: int) -> dict[str, Any]:
-    """The fields of `SamplingState` for one row where everything is off."""
-    row = dict.fromkeys(SamplingState._fields, np.int32(0)) | dict.fromkeys(
-        FLOAT_PARAMS, np.float32(0)
+@cache
+def _neutral_row(num_stop_ids: int, num_bias: int) -> np.ndarray:
+    """One record of the fields of `SamplingState`, in order, where everything is off."""
+    shapes: dict[str, Any] = dict(
+        seed=("u4", (2,)),
+        stop_ids=("i4", (num_stop_ids,)),
+        bias_ids=("i4", (num_bias,)),
+        bias_values=("f4", (num_bias,)),
     )
-    return row | dict(
-        top_k=np.int32(NO_TOKEN),
-        top_p=np.float32(1),
-        repetition_penalty=np.float32(1),
-        seed=np.zeros(2, np.uint32),
-        stop_ids=np.full(num_stop_ids, -1, np.int32),
-        bias_ids=np.full(num_bias, NO_TOKEN, np.int32),
-        bias_values=np.zeros(num_bias, np.float32),
-    )
+    names = SamplingState._fields
+    scalars = dict.fromkeys(names, ("i4",)) | dict.fromkeys(FLOAT_PARAMS, ("f4",))
+    row = np.zeros(1, [(name, *(scalars | shapes)[name]) for name in names])
+    row["top_k"] = row["bias_ids"] = NO_TOKEN
+    row["top_p"] = row["repetition_penalty"] = 1
+    row["stop_ids"] = -1
+    return row
 
 
 def _refuse_overflow(name: str, count: int, room: int) -> None:
@@ -122,7 +128,6 @@ def _refuse_overflow(name: str, count: int, room: int) -> None:
         raise ValueError(f"{name}: expected at most {room} entries, got {count}; use fewer")
 
 
-def _float32(value: float) -> np.float32:
-    """The nearest float32; one too large for any becomes the largest, not infinity."""
-    limit = float(np.finfo(np.float32).max)
-    return np.float32(min(max(value, -limit), limit))
+def _within_float32(value: float) -> float:
+    """One too large for any float32 becomes the largest, not infinity."""
+    return min(max(value, -LARGEST), LARGEST)
