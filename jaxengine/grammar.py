@@ -16,6 +16,7 @@ from jaxengine.sampling_params import GrammarSpec
 from jaxengine.tokenizer import Tokenizer
 
 NUM_THREADS = 4
+MASK_THREADS = 4  # that fill masks; with more the median batch takes longer, for want of work
 
 SECONDS = 10.0
 """What compiling may take. llguidance's limits bound nearly everything far below."""
@@ -113,7 +114,7 @@ class GrammarCompiler:
 
     @cached_property
     def _fillers(self) -> llguidance.LLExecutor:
-        return llguidance.LLExecutor()
+        return llguidance.LLExecutor(num_threads=MASK_THREADS)
 
     def _compile(self, spec: GrammarSpec, vocabulary: Future[Vocabulary]) -> Matcher:
         try:
