@@ -21,7 +21,7 @@ from jaxengine.packing import pack, padding
 from jaxengine.profiling import launch_annotations
 from jaxengine.request import Request
 from jaxengine.request_state import RequestState
-from jaxengine.sampling.masks import everything
+from jaxengine.sampling.masks import everything, num_words
 from jaxengine.small_blocks import small_blocks
 from jaxengine.step_plan import StepPlan
 from jaxengine.step_programs import INSTALL, StepPrograms
@@ -63,8 +63,8 @@ class Runner:
         self._empty_install = steps.empty_install()
         self.put_buffers(self.make_buffers())
         self._num_slots = self._state.tokens.shape[0] - 1
-        masks = everything(max(bucket.num_rows for bucket in self._steps), steps.vocab_size)
-        self._blocks = small_blocks(steps.device, masks.nbytes)
+        num_rows = max(bucket.num_rows for bucket in self._steps)
+        self._blocks = small_blocks(steps.device, 4 * num_rows * num_words(steps.vocab_size))
         self._annotation = launch_annotations()
         self._warm_up()
 

@@ -16,6 +16,7 @@ from tiny import tiny_config
 from jaxengine import models, programs
 from jaxengine.compiling import Bucket
 from jaxengine.functions import NO_FUNCTIONS, Functions
+from jaxengine.launch import Part, Variant
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.models.attention import write_pages
@@ -75,6 +76,14 @@ def test_a_step_keeps_pool_and_state_in_place(tiny: StepPrograms, bucket: Bucket
     assert analysis.temp_size_in_bytes < num_bytes(tiny.cache_shapes(500)) / 2
 
 
+@pytest.mark.parametrize("bucket", [Bucket(4, 4, 1), Bucket(20, 4, 1), Bucket(32, 4)])
+def test_a_step_that_pauses_keeps_its_logits_in_place(tiny: StepPrograms, bucket: Bucket) -> None:
+    analysis = tiny.trace_step(bucket, 500, Variant("read"))().memory_analysis()
+    state = tiny.state_shapes
+    kept = (tiny.cache_shapes(500), state.tokens, state.page_table, tiny.logits_shape(4))
+    assert analysis.alias_size_in_bytes >= num_bytes(kept)
+
+
 def test_installing_a_request_keeps_the_state_in_place(tiny: StepPrograms) -> None:
     analysis = tiny.trace_install()().memory_analysis()
     assert analysis.alias_size_in_bytes >= num_bytes(tiny.state_shapes)
@@ -89,8 +98,10 @@ ALL_KERNELS = {
 }
 
 
-def lowered_for_cuda(steps: StepPrograms, bucket: Bucket, wanted: Wanted | None = None) -> str:
-    variant = steps.plain._replace(wanted=wanted)
+def lowered_for_cuda(
+    steps: StepPrograms, bucket: Bucket, wanted: Wanted | None = None, part: Part | None = None
+) -> str:
+    variant = Variant(part or steps.plain.part, wanted)
     shapes = steps.step_arguments(bucket, 9, variant)
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
     step = partial(steps._step, bucket=bucket, variant=variant)
@@ -115,6 +126,17 @@ def test_steps_that_tell_of_distributions_lower_for_cuda() -> None:
         text = lowered_for_cuda(steps, bucket, Wanted(8, 8, not bucket.num_steps))
         assert text.count("tf.aliasing_output") == config.num_layers + 2
         assert "1024x151936xf32" not in text, "logits come by blocks"
+
+
+@pytest.mark.parametrize("kernels", ALL_KERNELS.values(), ids=ALL_KERNELS)
+def test_steps_whose_rows_bring_tokens_lower_for_cuda(kernels: Kernels) -> None:
+    """As one stretch that a graph can hold, with logits of the rows that draw alone."""
+    config = ModelConfig.from_dict(SHAPES["qwen3-0.6b"] | {"num_hidden_layers": 2})
+    steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
+    text = lowered_for_cuda(steps, Bucket(96, 64, 1), part="read")
+    assert text.count("tf.aliasing_output") == config.num_layers + 2
+    assert "stablehlo.while" not in text
+    assert "64x151936xf32" in text and "96x151936xf32" not in text
 
 
 def test_steps_that_embed_lower_for_cuda() -> None:
