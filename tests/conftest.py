@@ -3,6 +3,7 @@ are executed, and a compile cache that outlives the run."""
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,11 @@ def _seeded() -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs_at_a_time() -> Iterator[None]:
+    """JAX keeps what it compiled, and each program for a CPU takes some of the memory maps that a
+    process may have, 65530 by default: beyond them it aborts where it loads the next one."""
+    yield
+    jax.clear_caches()
