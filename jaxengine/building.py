@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxengine.compiling import compile_all, num_threads_for
+from jaxengine.compiling import compile_all, num_threads_for, waiting
 from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.loading import FoundModel, abstract_model, choose_dtype, load_parameters
 from jaxengine.memory import (
@@ -121,14 +121,10 @@ def _compile(
     """The pool's size and all executables for it. What the largest step takes is known for sure
     only then; if it is more than was thought, everything is built again for a smaller pool."""
     num_pages = _num_pages(args, programs, sizes, demand)
-    several = {bucket.num_rows: bucket for bucket in sizes.buckets if bucket.num_steps > 1}
-    singles = [bucket for bucket in sizes.buckets if bucket.num_steps == 1]
-    after: dict[Any, Any] = {
-        one: several[one.num_rows] for one in singles if one.num_rows in several
-    }
-    # Those that others wait for first, then the slowest.
-    buckets = [*after.values(), *reversed(sizes.buckets)]
-    buckets = [*dict.fromkeys(bucket for bucket in buckets if bucket not in after), *after]
+    after = waiting(sizes.buckets)
+    # Those that others wait for come first, then the slowest, and those that wait.
+    rank = lambda bucket: (bucket in after, bucket not in after.values())
+    buckets = sorted(reversed(sizes.buckets), key=rank)
     tasks: dict[Any, Any] = {
         bucket: lambda bucket=bucket: programs.trace_step(bucket, num_pages) for bucket in buckets
     }

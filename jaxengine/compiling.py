@@ -71,6 +71,14 @@ def thinned(sizes: Collection[Bucket], factor: int = 4) -> list[Bucket]:
     return sorted(kept)
 
 
+def waiting(sizes: Iterable[Bucket]) -> dict[Any, Bucket]:
+    """Launches of one step -> those of several steps with the same products, to be compiled before
+    them: the kernels of both are tried out once, which is half of what compiling takes."""
+    several = {size.num_rows: size for size in sizes if size.num_steps > 1}
+    singles = (size for size in sizes if size.num_steps == 1)
+    return {size: several[size.num_rows] for size in singles if size.num_rows in several}
+
+
 def num_threads_for(device: Any) -> int:
     """That compile at a time. On a CPU one: XLA uses all cores for each program there, and a crash
     has been seen while two threads read programs from JAX's cache."""

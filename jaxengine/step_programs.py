@@ -224,6 +224,7 @@ class StepPrograms:
         )
 
     def _step(self, params, cache, changing, settings, rows, *logits, bucket, variant):
+        # Logits that are given are not read: those that are made take their memory.
         model = nnx.merge(self._graphdef, jax.tree.unflatten(self._params_tree, params))
         rows, new_tokens, options = self._options(rows, variant)
         run: Callable[..., Any]

@@ -277,6 +277,9 @@ class FakeStep:
     def is_ready(self) -> bool:
         return self.clock.now >= self.end
 
+    def is_deleted(self) -> bool:
+        return False
+
 
 class FakeClock:
     now = 0.0

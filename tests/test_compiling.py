@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxengine.compiling import Bucket, CompileCounter, compile_all, thinned
+from jaxengine.compiling import Bucket, CompileCounter, compile_all, thinned, waiting
 
 
 def lowering(size: int):
@@ -24,6 +24,12 @@ def test_all_are_built_whatever_the_number_of_threads() -> None:
             np.testing.assert_array_equal(
                 built[size](np.ones(size, np.float32)), [2.0 + size] * size
             )
+
+
+def test_a_single_step_waits_for_several_of_as_many_rows() -> None:
+    sizes = Bucket(1, 1, 1), Bucket(1, 1, 8), Bucket(4, 4, 8), Bucket(16, 16, 1), Bucket(32, 16)
+    assert waiting(sizes) == {Bucket(1, 1, 1): Bucket(1, 1, 8)}
+    assert waiting(sizes[:1]) == {}
 
 
 @pytest.mark.parametrize("fails", [False, True])

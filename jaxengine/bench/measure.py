@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +62,9 @@ def measure(engine: Engine, workload: Workload, *, vocab_size: int, repeat: int)
     rng = np.random.default_rng(0)
     _warm_up(engine, workload, rng, vocab_size)
     seconds, usage = [], None
-    engine.freeze_gc()  # else one call in some waits 0.4 s while all imported modules are looked at
-    try:
-        for _ in range(repeat):
-            prompts = prompts_of(workload, rng, vocab_size)
+    for _ in range(repeat):
+        prompts = prompts_of(workload, rng, vocab_size)
+        with _frozen(engine):
             if workload.kind == "job":
                 given = workload.output_lens, workload.sampling
                 with probed(engine) as probe:
@@ -72,11 +72,19 @@ def measure(engine: Engine, workload: Workload, *, vocab_size: int, repeat: int)
                 usage = probe.usage()
             else:
                 seconds.append(_seconds(engine, workload, prompts))
-    finally:
-        gc.unfreeze()
     return Measured(
         workload=workload, seconds=tuple(seconds), usage=usage, usage_seconds=seconds[-1]
     )
+
+
+@contextmanager
+def _frozen(engine: Engine) -> Iterator[None]:
+    """Else one call in some waits 0.4 s, while Python looks for garbage in all imported modules."""
+    engine.freeze_gc()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def timed_call(

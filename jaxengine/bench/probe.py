@@ -112,6 +112,5 @@ def probed(engine: Engine) -> Iterator[Probe]:
 def _is_done(submitted: Any) -> bool:
     """Whether a step has ended. What it made and what took that over since has ended with it; what
     is no array, as of a runner without a device, is there."""
-    arrays = [leaf for leaf in jax.tree.leaves(submitted) if hasattr(leaf, "is_ready")]
-    taken = (isinstance(array, jax.Array) and array.is_deleted() for array in arrays)
-    return all(gone or array.is_ready() for array, gone in zip(arrays, taken, strict=True))
+    arrays = (leaf for leaf in jax.tree.leaves(submitted) if hasattr(leaf, "is_ready"))
+    return all(array.is_deleted() or array.is_ready() for array in arrays)
