@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxengine.compiling import compile_all, num_threads_for, waiting
+from jaxengine.compiling import compile_all, waiting
 from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.loading import FoundModel, abstract_model, choose_dtype, load_parameters
 from jaxengine.memory import (
@@ -131,7 +131,6 @@ def _compile(
     executables = compile_all(
         tasks | {INSTALL: programs.trace_install},
         shows_progress=args.show_progress,
-        num_threads=num_threads_for(programs.device),
         beside=reading,
         after=after,
     )

@@ -79,17 +79,11 @@ def waiting(sizes: Iterable[Bucket]) -> dict[Any, Bucket]:
     return {size: several[size.num_rows] for size in singles if size.num_rows in several}
 
 
-def num_threads_for(device: Any) -> int:
-    """That compile at a time. On a CPU one: XLA uses all cores for each program there, and a crash
-    has been seen while two threads read programs from JAX's cache."""
-    return 1 if device.platform == "cpu" else min(os.cpu_count() or 1, MAX_THREADS)
-
-
 def compile_all(
     tasks: Mapping[Key, Callable[[], Callable[[], Any]]],
     *,
     shows_progress: bool,
-    num_threads: int,
+    num_threads: int | None = None,
     beside: Future | None = None,
     after: Mapping[Key, Key] | None = None,
 ) -> dict[Key, Any]:
@@ -101,6 +95,7 @@ def compile_all(
     common kernels are best built is then tried out once.
     """
     started = time.perf_counter()
+    num_threads = num_threads or min(os.cpu_count() or 1, MAX_THREADS)
     bar = tqdm(total=len(tasks), desc="compiling", unit="step", disable=not shows_progress)
     others = [] if beside is None else [beside]
     with bar, ThreadPoolExecutor(num_threads, thread_name_prefix="jaxengine-compile") as threads:

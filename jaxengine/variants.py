@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxengine.compiling import Bucket, compile_all, num_threads_for
+from jaxengine.compiling import Bucket, compile_all
 from jaxengine.launch import Part, Variant
 from jaxengine.request import Request
 from jaxengine.step_plan import MAX_UNSENT, Row, states_of, wanted_of
@@ -98,10 +98,7 @@ class Variants:
     def _compile(self, keys: set[Key]) -> None:
         tasks = {key: partial(self._trace, key) for key in keys if key not in self._compiled}
         if tasks:  # another call may have asked for the same
-            num_threads = num_threads_for(self._programs.device)
-            self._compiled.update(
-                compile_all(tasks, shows_progress=self._shows_progress, num_threads=num_threads)
-            )
+            self._compiled.update(compile_all(tasks, shows_progress=self._shows_progress))
 
     def _trace(self, key: Key) -> Callable[[], Any]:
         size, variant = key
