@@ -92,7 +92,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs_at_a_time() -> Iterator[None]:
-    """JAX keeps what tests lowered and compiled, and each program for a CPU takes some of the memory
-    maps that a process may have, 65530 by default: beyond them it aborts where it loads one."""
+    """JAX keeps what tests compiled, and each program for a CPU takes some of the memory maps that
+    a process may have, 65530 by default: beyond them it aborts where it loads one."""
     yield
     jax.clear_caches()
