@@ -57,17 +57,17 @@ def buckets(
     return tuple(sorted(found))
 
 
-def thinned(sizes: Collection[Bucket], factor: int = 4) -> list[Bucket]:
-    """Fewer launch sizes, in the same order: of each kind the largest, those smaller by `factor`
-    than the one kept before, and the smallest."""
+def thinned(sizes: Collection[Bucket]) -> list[Bucket]:
+    """Fewer launch sizes, in the same order: of each kind the largest, one for each power of four
+    below it, and the smallest."""
     kept: list[Bucket] = []
     for kind in {size.num_steps for size in sizes}:
         of_kind = sorted((size for size in sizes if size.num_steps == kind), reverse=True)
-        last = None
+        limit = of_kind[0].num_tokens
         for size in of_kind:
-            if last is None or size.num_tokens * factor <= last.num_tokens or size == of_kind[-1]:
+            if size.num_tokens <= limit or size == of_kind[-1]:
                 kept.append(size)
-                last = size
+                limit = 4 ** (((size.num_tokens - 1).bit_length() - 1) // 2)  # less than the size
     return sorted(kept)
 
 

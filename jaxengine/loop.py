@@ -279,7 +279,8 @@ class Loop:
             self._window = (self.last_step_time, self.num_output_tokens)
         for request in requests:
             self.scheduler.check(request)
-        for request in requests:
+        # They come at once, and none of those that may go on for longest is to begin as the last.
+        for request in sorted(requests, key=lambda request: -request.mates[0].max_new_tokens):
             self._live[request.rid] = request
             self.scheduler.add(request)
             if request.skips_forced:

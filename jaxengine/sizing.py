@@ -11,7 +11,7 @@ from jaxengine.pooling import Embeddings
 from jaxengine.server_args import ServerArgs
 
 # Least device memory in GiB -> prompt tokens of a step, running requests.
-GPU_DEFAULTS = ((60, 8192, 256), (35, 4096, 64), (20, 2048, 32), (0, 2048, 16))
+GPU_DEFAULTS = ((60, 8192, 512), (35, 4096, 64), (20, 2048, 32), (0, 2048, 16))
 CPU_DEFAULTS = (512, 16)
 
 # Sizes of compiled steps: close together where padding costs most; on a CPU, where compiling does

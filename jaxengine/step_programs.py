@@ -29,10 +29,13 @@ INSTALL_ROWS = 32  # requests that it installs at a time
 EMBED_INSTALL_ROWS = 64  # where a step may begin and end hundreds
 MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
 
-# Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there. Few and long
-# kernels need no CUDA graph, but for conditionals: without one the host would wait for each.
-EXTEND_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-LONG_OPTIONS = EXTEND_OPTIONS | {"xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL"}
+# Of XLA on a GPU. Products are cuBLAS's, which are faster than Triton's there and need no trying
+# out of kernels that have to be compiled first; of very few rows, where it is the other way round,
+# only the logits are XLA's. Few and long kernels need no CUDA graph, but for conditionals: without
+# one the host would wait for each.
+CUBLAS_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+LONG_OPTIONS = CUBLAS_OPTIONS | {"xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL"}
+MIN_CUBLAS_ROWS = 8
 MAX_GRAPH_TOKENS = 1024  # beyond that, kernels take longer than their launches
 
 
@@ -142,9 +145,7 @@ class StepPrograms:
     ) -> Callable[[], Any]:
         """What compiles a step or the first part of one, or loads it."""
         variant = variant or self.plain
-        options = None
-        if self.device.platform == "gpu" and not bucket.num_steps:
-            options = EXTEND_OPTIONS if bucket.num_tokens <= MAX_GRAPH_TOKENS else LONG_OPTIONS
+        options = compiler_options(bucket) if self.device.platform == "gpu" else None
         arguments = self.step_arguments(bucket, num_pages, variant)
         results = arguments[1], arguments[2], *variant.structure
         return self._executables.through(
@@ -269,6 +270,13 @@ class StepPrograms:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
         )
+
+
+def compiler_options(bucket: Bucket) -> dict[str, Any] | None:
+    """Of a step on a GPU."""
+    if bucket.num_tokens > MAX_GRAPH_TOKENS:
+        return LONG_OPTIONS
+    return CUBLAS_OPTIONS if bucket.num_tokens >= MIN_CUBLAS_ROWS else None
 
 
 def _exact_float32(params: tuple[jax.ShapeDtypeStruct, ...]) -> AbstractContextManager:

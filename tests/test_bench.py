@@ -466,7 +466,7 @@ def test_defaults_are_those_of_the_comparison() -> None:
     assert [each.name for each in found.workloads] == workloads.DEFAULT[:-1] and found.times_start
     assert args.model_path == "qwen3-0.6b" and args.load_format == "dummy"
     assert args.skip_tokenizer_init and args.mem_fraction_static == 0.9
-    assert (found.context_length, found.max_running_requests) == (8192, 256)
+    assert (found.context_length, found.max_running_requests) == (8192, 512)
     assert found.bandwidth is None and found.reference is None and found.repeat == 1
 
 

@@ -86,12 +86,12 @@ def test_garbage_is_not_looked_for_while_tracing_and_is_again_afterwards(fails: 
 
 
 def test_few_sizes_are_left_for_what_is_rarely_asked():
-    decode = [Bucket(n, n, 8) for n in (1, 2, 8, 16, 32, 64, 128, 192, 256)]
+    decode = [Bucket(n, n, 8) for n in (1, 2, 8, 16, 32, 64, 128, 192, 256, 384, 512)]
     extend = [Bucket(n, 256) for n in (256, 1024, 2048, 4096, 8192)]
     left = thinned(sorted(decode + extend))
     assert left == sorted(left)
-    assert [size.num_rows for size in left if size.num_steps] == [1, 2, 16, 64, 256]
-    assert [size.num_tokens for size in left if not size.num_steps] == [256, 2048, 8192]
+    assert [size.num_rows for size in left if size.num_steps] == [1, 2, 16, 64, 256, 512]
+    assert [size.num_tokens for size in left if not size.num_steps] == [256, 1024, 4096, 8192]
     assert thinned([Bucket(4, 4, 1)]) == [Bucket(4, 4, 1)]
 
 

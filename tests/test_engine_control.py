@@ -18,6 +18,31 @@ PROMPT = "The import statement"
 GREEDY = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
 LONG = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
 
+# Order
+
+
+def test_of_prompts_that_come_at_once_those_with_the_longest_output_begin_first(demo_engine):
+    runner = demo_engine._loop.runner
+    submit, begun = runner.submit, []
+
+    def watching(plan):
+        begun.extend(request.rid for request in plan.admitted)
+        return submit(plan)
+
+    runner.submit = watching
+    lengths = [2, 9, 4, 9]
+    try:
+        results = demo_engine.generate(
+            input_ids=[[1, 2, index] for index in range(4)],
+            sampling_params=[GREEDY | {"max_new_tokens": length} for length in lengths],
+            rid=["a", "b", "c", "d"],
+        )
+    finally:
+        runner.submit = submit
+    assert begun == ["b", "d", "c", "a"]
+    assert [len(result["output_ids"]) for result in results] == lengths
+
+
 # Pauses
 
 

@@ -190,7 +190,7 @@ def test_a_fingerprint_sees_code_data_and_settings(monkeypatch: pytest.MonkeyPat
     for target, name, value in (
         (layers, "rms_norm", lambda x, scale, *, eps: x * 2),
         (layers.Parameters, "scale", lambda self, **axes: None),
-        (step_programs, "EXTEND_OPTIONS", {"xla_gpu_autotune_level": 1}),
+        (step_programs, "CUBLAS_OPTIONS", {"xla_gpu_autotune_level": 1}),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)

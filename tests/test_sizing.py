@@ -29,7 +29,7 @@ def sizes(
 
 
 @pytest.mark.parametrize(
-    ("memory", "chunk", "rows"), [(141, 8192, 256), (48, 4096, 64), (24, 2048, 32), (8, 2048, 16)]
+    ("memory", "chunk", "rows"), [(141, 8192, 512), (48, 4096, 64), (24, 2048, 32), (8, 2048, 16)]
 )
 def test_a_larger_gpu_runs_more_at_a_time(memory: float, chunk: int, rows: int) -> None:
     chosen = sizes(memory=memory)
@@ -75,7 +75,7 @@ def test_the_rungs_of_a_ladder_end_at_the_top() -> None:
 
 def test_sizes_on_a_gpu_pad_little() -> None:
     chosen = [bucket.num_rows for bucket in sizes().buckets if bucket.num_steps > 1]
-    assert chosen[0] == 1 and chosen[-1] == 256
+    assert chosen[0] == 1 and chosen[-1] == 512
     # The time of up to 8 rows is that of reading the weights, however many they are.
     assert all(b <= max(8, 2 * a) for a, b in zip(chosen, chosen[1:], strict=False))
 

@@ -30,7 +30,7 @@ examples:
 """
 )
 
-CONTEXT_LENGTH, MAX_RUNNING_REQUESTS = 8192, 256
+CONTEXT_LENGTH, MAX_RUNNING_REQUESTS = 8192, 512
 ENGINE: dict[str, Any] = {
     "load_format": None,  # dummy for a shape
     "mem_fraction_static": 0.9,
