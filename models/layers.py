@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxengine.pallas_kernels.dispatch import XLA, Kernels
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels, small_batch_products
 from jaxengine.pallas_kernels.few_row_linear import few_row_gated, few_row_linear
+from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 
 
 class Parameters(NamedTuple):
@@ -83,6 +84,9 @@ def linear(
     if kernels.takes_few_rows(len(x)):
         how = _norm(norm) | _how(kernels)
         return few_row_linear(x, matrix, bias=flat_bias, residual=residual, **how)
+    if small := small_batch_products(kernels, Shape(1, len(x), *matrix.shape), x.dtype):
+        how = _norm(norm) | dict(residual=residual, interpret=kernels.interpret)
+        return small.small_batch_linear(x, matrix, bias=flat_bias, **how)
     normed = x if norm is None else norm(x)
     # A bias joins before the sums are rounded; without one the product may round them itself.
     sum_dtype = x.dtype if flat_bias is None else jnp.float32
@@ -104,6 +108,10 @@ def gated(
     if kernels.takes_few_rows(len(x)):
         both_biases = None if bias is None else bias[...]
         return few_row_gated(x, gate_up[...], bias=both_biases, **_norm(norm), **_how(kernels))
+    if small := small_batch_products(kernels, Shape(2, len(x), *gate_up.shape[1:]), x.dtype):
+        how = _norm(norm) | dict(interpret=kernels.interpret)
+        both_biases = None if bias is None else bias[...]
+        return small.small_batch_gated(x, gate_up[...], bias=both_biases, **how)
     gate, up = jnp.split(linear(x, gate_up, norm=norm, bias=bias), 2, axis=1)
     return jax.nn.silu(gate) * up
 

@@ -13,7 +13,7 @@ MODULES = {  # of decode and extend attention: for Hopper, for older GPUs too
     "triton": ("paged_decode_triton", "ragged_extend_triton"),
 }
 PREFERRED = ("mosaic", "triton", "xla")
-MAX_FEW_ROWS = 2  # more are for tensor cores, and there XLA's own products are the faster ones
+MAX_FEW_ROWS = 2  # more are for tensor cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class Kernels:
     rotation: str = "xla"  # head norms, rotary embedding and KV write
     sampling: str = "xla"
     max_few_rows: int = 0  # products of so many rows at most have a kernel of their own
+    has_small_batches: bool = False  # and those of 8 to 64 rows another one, for Hopper
     splits_single_rows: bool = False  # of a ragged batch: those of one token are for `decode`
     launches_early: bool = False  # see `pdl.py`
     interpret: bool = False  # run kernels on a CPU, for tests
@@ -67,6 +68,7 @@ def choose(backend: str | None, problem: Problem, *, mixes_decode: bool = False)
         rotation="triton",
         sampling="triton",
         max_few_rows=MAX_FEW_ROWS,
+        has_small_batches=decode == "mosaic" and problem.dtype == "bfloat16",
         splits_single_rows=mixes_decode,
         launches_early=problem.capability is not None and problem.capability >= (9, 0),
     )
@@ -80,6 +82,14 @@ def paged_decode(kernels: Kernels) -> Callable[..., Any] | None:
 def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
     """Attention of rows of several tokens; None: the reference does it."""
     return _attention(1, kernels.extend, kernels.interpret)
+
+
+def small_batch_products(kernels: Kernels, shape: Any, dtype: Any) -> ModuleType | None:
+    """The kernels for a product of a `few_row_linear_kernel.Shape`; None: XLA's is to be taken."""
+    if not kernels.has_small_batches:
+        return None
+    module = _module("small_batch_linear")
+    return module if module.unsupported(shape=shape, dtype=dtype) is None else None
 
 
 def _fitting(which: int, backend: str | None, problem: Problem) -> str:

@@ -36,6 +36,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxengine.pallas_kernels.lowered_once import LONGEST, lowered_once
+from jaxengine.pallas_kernels.mosaic import interpreter
 from jaxengine.pallas_kernels.paged_decode_consumer import Consumer
 from jaxengine.pallas_kernels.paged_decode_plan import Plan, make_plan
 from jaxengine.pallas_kernels.paged_decode_producer import copy_all
@@ -168,7 +169,7 @@ def _kernel(problem: Problem, results: tuple[Any, ...], interpret: bool) -> Call
         v_full=barriers(num_arrivals=problem.boxes),
         kv_free=barriers(),
     )
-    options = dict(interpret=_interpreter()) if interpret else {}
+    options = dict(interpret=interpreter()) if interpret else {}
     return plgpu.kernel(
         partial(_run_block, problem, interpret),
         out_type=results,
@@ -189,15 +190,6 @@ def _run_block(problem: Problem, interpret: bool, *arrays: Any, **scratch: Any) 
     consumer = Consumer(problem, memory, INTERPRETED if interpret else ON_GPU)
     pl.when(warpgroup == 0)(consumer.attend_all)
     pl.when(warpgroup == 1)(lambda: copy_all(problem, memory))
-
-
-def _interpreter() -> Any:
-    """Public since JAX 0.11."""
-    if (public := getattr(plgpu, "InterpretGPUParams", None)) is not None:
-        return public()
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
 
 
 def unsupported(*, head_size: int, group_size: int, page_size: int, dtype: Any) -> str | None:

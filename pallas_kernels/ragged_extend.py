@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxengine.pallas_kernels.lowered_once import LONGEST, lowered_once
+from jaxengine.pallas_kernels.mosaic import interpreter
 from jaxengine.pallas_kernels.ragged_extend_consumer import Consumer
 from jaxengine.pallas_kernels.ragged_extend_producer import (
     CONSUMERS,
@@ -169,7 +170,7 @@ def _kernel(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
-        interpret=_interpreter() if interpret else False,
+        interpret=interpreter() if interpret else False,
     )
 
 
@@ -190,15 +191,6 @@ def _run_warpgroup(shape: Shape, refs: Refs, interpret: bool) -> None:
     def _() -> None:
         plgpu.set_max_registers(40, action="decrease")
         produce_all(shape, refs, block)
-
-
-def _interpreter() -> Any:
-    """Public since JAX 0.11."""
-    if (public := getattr(plgpu, "InterpretGPUParams", None)) is not None:
-        return public()
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-
-    return InterpretGPUParams()
 
 
 def unsupported(

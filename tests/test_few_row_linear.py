@@ -2,14 +2,15 @@
 then that what models need compiles for a GPU."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import product_cases
 import pytest
 from cuda import compile_ahead, lower_for_cuda
-from numerics import assert_near_exact, noise, to_float64
+from numerics import assert_near_exact, to_float64
+from product_cases import apply, exact, make, run, sizes_of
 
 from jaxengine.pallas_kernels.few_row_linear import (
     SHAPES,
@@ -22,7 +23,6 @@ from jaxengine.pallas_kernels.few_row_linear import (
     unsupported,
 )
 
-EPS = 1e-6
 CONFIGS = {
     "one slice": Config(tile_F=4, tile_D=512, num_warps=1),
     "several slices": Config(tile_F=8, tile_D=64, num_warps=4),
@@ -33,47 +33,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def make(rng: np.random.Generator, shape: Shape, dtype, what: str) -> dict[str, jax.Array]:
-    """Operands; `what` names those beyond x and weight."""
-    M, B, F, D = shape
-    sizes = dict(x=(B, D), weight=(M, F, D), norm_scale=(D,), bias=(M, F), residual=(B, F))
-    scales = dict(x=3.0, weight=D**-0.5)
-    return {
-        name: jnp.asarray(noise(rng, size, dtype, scales.get(name, 1.0)))
-        for name, size in sizes.items()
-        if name in ("x", "weight") or name in what
-    }
-
-
-def exact(x, weight, norm_scale=None, bias=None, residual=None) -> np.ndarray:
-    if norm_scale is not None:
-        x = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + EPS) * norm_scale
-    sums = x @ weight.swapaxes(1, 2)
-    if bias is not None:
-        sums = sums + bias[:, None]
-    out = sums[0] if len(sums) == 1 else sums[0] / (1 + np.exp(-sums[0])) * sums[1]
-    return out if residual is None else out + residual
-
-
-def apply(call, operands: dict[str, Any]) -> jax.Array:
-    """Calls one of the two functions, or its reference."""
-    operands = dict(operands)
-    weight = operands.pop("weight")
-    if len(weight) == 1:
-        weight = weight[0]
-        operands |= {"bias": operands["bias"][0]} if "bias" in operands else {}
-    return call(operands.pop("x"), weight, **operands, eps=EPS)
-
-
-def run(call, operands: dict[str, Any], **how) -> jax.Array:
-    return jax.jit(partial(apply, partial(call, **how)))(operands)
-
-
 def check(shape: Shape, operands: dict[str, jax.Array], **how) -> None:
-    calls = (few_row_linear, linear_reference) if shape.M == 1 else (few_row_gated, gated_reference)
-    got, naive = run(calls[0], operands, **how), run(calls[1], operands)
-    wide = {name: to_float64(array) for name, array in operands.items()}
-    assert_near_exact(got, exact(**wide), naive)
+    product_cases.check(few_row_linear, few_row_gated, shape, operands, **how)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -151,11 +112,9 @@ def prepared(model: str, product: str, rows: int, launches_early: bool):
     M, F, D = SHAPES[model][product]
     call = partial(few_row_linear if M == 1 else few_row_gated, launches_early=launches_early)
     what = what_of(product)
-    sizes = dict(x=(rows, D), weight=(M, F, D), norm_scale=(D,), bias=(M, F), residual=(rows, F))
     shapes = {
         name: jax.ShapeDtypeStruct(size, BF16)
-        for name, size in sizes.items()
-        if name in ("x", "weight") or name in what
+        for name, size in sizes_of(Shape(M, rows, F, D), what).items()
     }
     return partial(apply, call), [shapes]
 

@@ -113,7 +113,7 @@ def lowered_for_cuda(
 def test_steps_of_real_models_lower_for_cuda(shape: str, kernels: Kernels) -> None:
     config = ModelConfig.from_dict(SHAPES[shape])
     steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
-    for bucket in (Bucket(1, 1, 8), Bucket(4, 4, 1), Bucket(256, 4)):
+    for bucket in (Bucket(1, 1, 8), Bucket(8, 8, 1), Bucket(256, 4)):
         text = lowered_for_cuda(steps, bucket)
         assert text.count("func.func private @_run") == 1, "layers of one kind are lowered once"
 
@@ -122,7 +122,7 @@ def test_steps_that_tell_of_distributions_lower_for_cuda() -> None:
     config = ModelConfig.from_dict(SHAPES["qwen3-0.6b"] | {"num_hidden_layers": 2})
     kernels = ALL_KERNELS["mosaic"]
     steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
-    for bucket in (Bucket(1, 1, 8), Bucket(4, 4, 1), Bucket(1024, 4)):
+    for bucket in (Bucket(1, 1, 8), Bucket(8, 8, 1), Bucket(1024, 4)):
         text = lowered_for_cuda(steps, bucket, Wanted(8, 8, not bucket.num_steps))
         assert text.count("tf.aliasing_output") == config.num_layers + 2
         assert "1024x151936xf32" not in text, "logits come by blocks"
@@ -161,7 +161,7 @@ def test_a_step_is_one_stretch_that_a_cuda_graph_can_hold(kernels: Kernels) -> N
     """A loop would end the graph, and a cache that no output aliases would be copied."""
     config = ModelConfig.from_dict(SHAPES["qwen3-0.6b"] | {"num_hidden_layers": 2})
     steps = step_programs(config, "bfloat16", context_length=8192, kernels=kernels)
-    for bucket, num_loops in ((Bucket(1, 1, 1), 0), (Bucket(4, 4, 1), 0), (Bucket(4, 4, 8), 1)):
+    for bucket, num_loops in ((Bucket(1, 1, 1), 0), (Bucket(8, 8, 1), 0), (Bucket(8, 8, 8), 1)):
         text = lowered_for_cuda(steps, bucket)
         assert text.count("stablehlo.while") == num_loops
         assert text.count("tf.aliasing_output") == config.num_layers + 2  # tokens and page table

@@ -13,10 +13,11 @@ import numpy as np
 from jaxengine.bench.attention_cases import decode_cases, extend_cases
 from jaxengine.bench.case import DTYPE, Case, sizes
 from jaxengine.bench.floors import Work
+from jaxengine.pallas_kernels import few_row_linear
 from jaxengine.sampling import empty_state
 from jaxengine.sampling.sample import sample_rows
 
-FEW_ROWS = (1, 2)
+NUM_ROWS = {"few_row": (1, 2), "small_batch": (8, 32, 64)}
 NUM_TOKENS = (1, 32, 256, 8192)
 PAGE, MAX_DECODE = 64, 512  # tokens of a page; so many tokens at most are rows of their own
 SAMPLINGS: Mapping[str, Mapping[str, float]] = {
@@ -32,13 +33,15 @@ def cases(name: str, module: ModuleType) -> Iterator[Case]:
         yield from MAKERS[name](name, module)
 
 
-def _few_rows(name: str, module: ModuleType) -> Iterator[Case]:
+def _products(name: str, module: ModuleType) -> Iterator[Case]:
+    kind = name.removesuffix("_linear")
     for model, products in module.SHAPES.items():
         for product, (M, F, D) in products.items():
-            for B in FEW_ROWS:
+            for B in NUM_ROWS[kind]:
                 gated = M == 2
-                kernel = module.few_row_gated if gated else module.few_row_linear
-                reference = module.gated_reference if gated else module.linear_reference
+                kernel = getattr(module, f"{kind}_gated" if gated else name)
+                reference = few_row_linear.linear_reference
+                reference = few_row_linear.gated_reference if gated else reference
                 has_norm = product in ("qkv", "gate_up")
                 num_bytes = 2 * (M * F * D + B * D + B * F * (1 if has_norm else 2))
                 yield Case(
@@ -151,11 +154,12 @@ def _product(
 
 
 MAKERS: dict[str, Callable[[str, ModuleType], Iterator[Case]]] = {
-    "few_row_linear": _few_rows,
+    "few_row_linear": _products,
     "paged_decode": decode_cases,
     "paged_decode_triton": decode_cases,
     "ragged_extend": extend_cases,
     "ragged_extend_triton": extend_cases,
     "rotate_and_write": _rotate,
     "sample": _sample,
+    "small_batch_linear": _products,
 }

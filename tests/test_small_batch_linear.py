@@ -1,0 +1,176 @@
+"""The fused products of small batches against float64: every epilogue, slices in turns and alone,
+row counts; then that what models need lowers for a GPU, and is right there."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import product_cases
+import pytest
+from cuda import compile_ahead, lower_for_cuda
+from flax import nnx
+from numerics import assert_near_exact, noise, to_float64
+from product_cases import apply, exact, make, run, sizes_of
+
+from jaxengine.models.layers import Norm, gated, linear
+from jaxengine.pallas_kernels.dispatch import Kernels
+from jaxengine.pallas_kernels.few_row_linear import gated_reference, linear_reference
+from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
+from jaxengine.pallas_kernels.small_batch_linear import (
+    BLOCKS,
+    SHAPES,
+    SHARED_MEMORY,
+    default_config,
+    small_batch_gated,
+    small_batch_linear,
+    unsupported,
+)
+from jaxengine.pallas_kernels.small_batch_linear_kernel import Config, shared_memory
+
+BF16 = jnp.bfloat16
+CONFIGS = {
+    "two consumers": Config(tile_F=8, tile_D=64, stages=4),
+    "a short ring": Config(tile_F=16, tile_D=64, stages=2),
+    "one consumer": Config(tile_F=16, tile_D=128, stages=2, consumers=1),
+}
+ROWS = (8, 16, 32, 64)
+
+
+def check(shape: Shape, operands: dict[str, jax.Array], **how) -> None:
+    how |= dict(interpret=True)
+    product_cases.check(small_batch_linear, small_batch_gated, shape, operands, **how)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("what", ["", "norm_scale", "bias residual", "norm_scale bias residual"])
+def test_linear_is_exact(rng, what, name):
+    shape = Shape(1, 16, 32, 384)
+    check(shape, make(rng, shape, BF16, what), config=CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("what", ["", "norm_scale bias"])
+def test_gated_is_exact(rng, what, name):
+    shape = Shape(2, 8, 32, 384)
+    check(shape, make(rng, shape, BF16, what), config=CONFIGS[name])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_number_of_rows_is_exact_with_the_default_tuning(rng, rows):
+    shape = Shape(1, rows, 24, 320)
+    check(shape, make(rng, shape, BF16, "norm_scale residual"))
+
+
+def test_a_single_slice_is_exact(rng):
+    for shape in (Shape(1, 8, 16, 64), Shape(2, 8, 16, 64)):
+        check(shape, make(rng, shape, BF16, "norm_scale"))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(rng):
+    operands = make(rng, Shape(1, 8, 16, 256), BF16, "norm_scale")
+    out = run(small_batch_linear, operands, interpret=True)
+    poisoned = operands | {"x": operands["x"].at[2].set(jnp.nan)}
+    again = run(small_batch_linear, poisoned, interpret=True)
+    others = jnp.array([0, 1, 3, 4, 5, 6, 7])
+    np.testing.assert_array_equal(again[others], out[others])
+    assert np.isnan(to_float64(again[2])).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        (Shape(1, 4, 64, 64), BF16, "not 4"),
+        (Shape(1, 12, 64, 64), BF16, "not 12"),
+        (Shape(1, 128, 64, 64), BF16, "not 128"),
+        (Shape(1, 8, 64, 96), BF16, "64 outputs of 96 inputs"),
+        (Shape(1, 8, 60, 64), BF16, "60 outputs"),
+        (Shape(2, 8, 132 * 136, 64), BF16, "no tiles"),
+        (Shape(1, 8, 64, 64), jnp.float16, "not float16"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused_with_the_reason(rng, shape, dtype, reason):
+    assert reason in (unsupported(shape=shape, dtype=dtype) or "")
+    call = small_batch_linear if shape.M == 1 else small_batch_gated
+    with pytest.raises(ValueError, match=reason):
+        run(call, make(rng, shape._replace(D=shape.D), dtype, ""), interpret=True)
+
+
+def test_a_layer_takes_them_where_they_fit(rng):
+    kernels = Kernels(has_small_batches=True, interpret=True)
+    norm = Norm(jnp.ones(64, BF16), 1e-6)
+    weight, both = (
+        nnx.Param(jnp.asarray(noise(rng, size, BF16, 0.1))) for size in ((24, 64), (2, 24, 64))
+    )
+    bias, biases = (nnx.Param(jnp.asarray(noise(rng, size, BF16))) for size in ((24,), (2, 24)))
+    for rows, is_taken in ((8, True), (64, True), (7, False), (128, False)):
+        x = jnp.asarray(noise(rng, (rows, 64), BF16))
+        call = partial(linear, norm=norm, bias=bias, residual=x[:, :24])
+        gate = partial(gated, norm=norm, bias=biases)
+        for of, by in ((call, weight), (gate, both)):
+            traced = jax.make_jaxpr(lambda x, of=of, by=by: of(x, by, kernels=kernels))(x)
+            assert ("callback" in str(traced)) == is_taken, "it is interpreted"
+            got, expected = of(x, by, kernels=kernels), of(x, by)
+            np.testing.assert_allclose(to_float64(got), to_float64(expected), atol=0.03, rtol=0.02)
+
+
+PRODUCTS = [(model, product) for model, products in SHAPES.items() for product in products]
+SOME = 2000  # outputs that are compared
+CUT = ("weight", "bias", "residual")  # those with outputs in their second axis
+
+
+def prepared(model: str, product: str, rows: int):
+    """A function of operands, and their shapes."""
+    M, F, D = SHAPES[model][product]
+    call = small_batch_linear if M == 1 else small_batch_gated
+    sizes = sizes_of(Shape(M, rows, F, D), what_of(product))
+    shapes = {name: jax.ShapeDtypeStruct(size, BF16) for name, size in sizes.items()}
+    return partial(apply, call), [shapes]
+
+
+def what_of(product: str) -> str:
+    return "norm_scale bias" if product in ("qkv", "gate_up") else "residual"
+
+
+@pytest.mark.parametrize(("model", "product"), PRODUCTS)
+def test_the_blocks_of_production_shapes_fit_on_the_chip(model, product):
+    M, F, D = SHAPES[model][product]
+    for has_norm in (False, True):
+        config = default_config(Shape(M, 64, F, D), has_norm=has_norm)
+        assert F % config.tile_F == D % config.tile_D == config.stages % config.consumers == 0
+        assert F // config.tile_F <= BLOCKS and config.stages >= 2
+        assert shared_memory(Shape(M, 64, F, D), config) <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize(("model", "product"), PRODUCTS)
+def test_production_shapes_lower_for_a_gpu(model, product, rows):
+    call, shapes = prepared(model, product, rows)
+    assert "mosaic_gpu" in lower_for_cuda(call, *shapes).as_text()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    keys = [(*product, rows) for product in PRODUCTS for rows in ROWS]
+    return compile_ahead({key: prepared(*key) for key in keys})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("model", "product"), PRODUCTS)
+def test_production_shapes_are_exact_on_a_gpu(rng, compiled, model, product):
+    """Weights of full size, since it decides on the tuning; of the outputs, some are compared."""
+    if float(jax.devices()[0].compute_capability) != 9.0:
+        pytest.skip("needs compute capability 9.0")
+    M, F, D = SHAPES[model][product]
+    operands = make(rng, Shape(M, max(ROWS), F, D), BF16, what_of(product))
+    some = np.unique([0, F - 1, *rng.integers(0, F, SOME)])
+    host = {name: np.asarray(array) for name, array in operands.items()}
+    few = {name: a[:, some] if name in CUT else a for name, a in host.items()}
+    right = exact(**{name: to_float64(array) for name, array in few.items()})
+    with jax.default_device(jax.devices("cpu")[0]):
+        naive = np.asarray(run(linear_reference if M == 1 else gated_reference, few))
+    for rows in ROWS:
+        own = {name: host[name][:rows] for name in ("x", "residual") if name in host}
+        got = np.asarray(compiled[model, product, rows].result()(operands | own))[:, some]
+        names = [f"row {row} of {rows}" for row in range(rows)]
+        assert_near_exact(got, right[:rows], naive[:rows], rows=names)
