@@ -61,7 +61,7 @@ class Memory(NamedTuple):
     x_tiles: Any  # [stages ROWS tile_D]
     weight_tiles: Any  # [stages, M tile_F, tile_D]
     scale_tiles: Any  # [stages tile_D]
-    bias_tile: Any  # [M tile_F]
+    bias_tile: Any  # [M, tile_F and more]: copies go to multiples of 128 bytes
     row_tile: Any  # [ROWS tile_F]: of the residual, then of the outputs
     sums: Any  # [ROWS, M tile_F] of the second consumer
     squares: Any  # [ROWS]
@@ -99,7 +99,12 @@ def shared_memory(shape: Shape, config: Config) -> int:
     width = shape.M * config.tile_F
     slot = 2 * config.tile_D * (ROWS + width + 1)
     partial_sums = 4 * ROWS * (width + 1) if config.consumers == 2 else 0
-    return config.stages * slot + partial_sums + 2 * (ROWS * config.tile_F + width)
+    addends = 2 * (ROWS * config.tile_F + shape.M * _padded(config.tile_F))
+    return config.stages * slot + partial_sums + addends
+
+
+def _padded(size: int) -> int:
+    return -(-size // 64) * 64
 
 
 def _kernel(
@@ -126,7 +131,7 @@ def _kernel(
     if "scale" in names:
         scratch |= dict(scale_tiles=plgpu.SMEM((stages, tile_D), dtype))
     if "bias" in names:
-        scratch |= dict(bias_tile=plgpu.SMEM((width,), dtype))
+        scratch |= dict(bias_tile=plgpu.SMEM((shape.M, _padded(config.tile_F)), dtype))
     if addends:
         scratch |= dict(addends=plgpu.Barrier(num_arrivals=addends, num_barriers=1))
     if config.consumers == 2:
@@ -194,18 +199,18 @@ def _run_warpgroup(block: Block) -> None:
 
 
 def _produce(block: Block) -> None:
-    memory: Any = block.memory
-    M, B, F, _ = block.shape
+    memory, (M, B, F, _) = block.memory, block.shape
     tile_F, tile_D, stages = block.config.tile_F, block.config.tile_D, block.config.stages
     first, num_slices = block.outputs.start, block.num_slices
 
     def across(index: Any) -> Any:
         return pl.ds(pl.multiple_of(index * tile_D, tile_D), tile_D)
 
-    for m in range(M if memory.bias is not None else 0):
-        source = memory.bias.at[pl.ds(m * F + first, tile_F)]
-        target = memory.bias_tile.at[pl.ds(m * tile_F, tile_F)]
-        plgpu.copy_gmem_to_smem(source, target, memory.addends.at[0])
+    if memory.bias is not None:
+        for m in range(M):
+            source = memory.bias.at[pl.ds(m * F + first, tile_F)]
+            target = memory.bias_tile.at[m, pl.ds(0, tile_F)]
+            plgpu.copy_gmem_to_smem(source, target, memory.addends.at[0])
     if memory.residual is not None:
         source, target = memory.residual.at[:, block.outputs], memory.row_tile.at[pl.ds(0, B)]
         plgpu.copy_gmem_to_smem(source, target, memory.addends.at[0])
@@ -302,12 +307,12 @@ def _finish(block: Block, sums: Sums) -> None:
         out = out * over(lax.rsqrt(squares / D + block.eps), out)
     if memory.addends is not None:
         plgpu.barrier_wait(memory.addends.at[0])
+    parts = [out] if M == 1 else [out[:, :tile_F], out[:, tile_F:]]
     if memory.bias is not None:
-        bias = cast(memory.bias_tile[...], LAYOUT.reduce(0)).astype(jnp.float32)
-        out = out + lax.broadcast_in_dim(bias, out.shape, [1])
-    if M == 2:
-        gate, up = out[:, :tile_F], out[:, tile_F:]
-        out = gate / (1 + jnp.exp(-gate)) * up
+        for m, part in enumerate(parts):
+            bias = cast(memory.bias_tile[m, pl.ds(0, tile_F)], LAYOUT.reduce(0))
+            parts[m] = part + lax.broadcast_in_dim(bias.astype(jnp.float32), part.shape, [1])
+    out = parts[0] if M == 1 else parts[0] / (1 + jnp.exp(-parts[0])) * parts[1]
     if memory.residual is not None:
         out = out + cast(memory.row_tile[...], LAYOUT).astype(jnp.float32)
     memory.row_tile[...] = out.astype(memory.row_tile.dtype)

@@ -109,7 +109,7 @@ def test_a_layer_takes_them_where_they_fit(rng):
         gate = partial(gated, norm=norm, bias=biases)
         for of, by in ((call, weight), (gate, both)):
             traced = jax.make_jaxpr(lambda x, of=of, by=by: of(x, by, kernels=kernels))(x)
-            assert ("callback" in str(traced)) == is_taken, "it is interpreted"
+            assert ("smem" in str(traced)) == is_taken, "shared memory is a kernel's"
             got, expected = of(x, by, kernels=kernels), of(x, by)
             np.testing.assert_allclose(to_float64(got), to_float64(expected), atol=0.03, rtol=0.02)
 
