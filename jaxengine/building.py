@@ -4,7 +4,7 @@ are read while the programs are traced and compiled, which depend on no value of
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,11 +33,18 @@ from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes
 from jaxengine.step_programs import INSTALL, StepPrograms
 
+EOS_ROOM = 8  # ends of a sequence that a model may have without changing a shape
 ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
 
 logger = logging.getLogger("jaxengine")
 
 Result = TypeVar("Result")
+
+
+def num_stop_ids(eos_token_ids: Collection[int]) -> int:
+    """Room for those of a request and of the model. As a rule it is the same with the tokenizer's
+    and without: an engine without one finds the programs of one that has it."""
+    return MAX_STOP_TOKEN_IDS + max(len(eos_token_ids), EOS_ROOM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ def build(
         cache_dtype="float32" if is_cpu else dtype,
         num_slots=sizes.max_running_requests,
         context_length=sizes.context_length,
-        num_stop_ids=MAX_STOP_TOKEN_IDS + len(found.eos_token_ids),
+        num_stop_ids=num_stop_ids(found.eos_token_ids),
         num_bias=MAX_LOGIT_BIAS,
         device=device,
         kernels=kernels,

@@ -109,3 +109,9 @@ def test_what_a_step_takes_is_foreseen_generously_but_not_by_far(shape: str) -> 
     sizes = sizes_of(ServerArgs(max_running_requests=256, context_length=8192))
     foreseen = building._foreseen_step_bytes(config, sizes, "bfloat16")
     assert measured < foreseen < 1.5 * measured
+
+
+def test_programs_are_the_same_whether_a_tokenizer_adds_an_end_or_not() -> None:
+    assert building.num_stop_ids(()) == building.num_stop_ids({7}) == building.num_stop_ids({7, 8})
+    many = range(100)
+    assert building.num_stop_ids(many) == building.num_stop_ids(()) - building.EOS_ROOM + len(many)
