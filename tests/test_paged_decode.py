@@ -86,7 +86,7 @@ def test_interpreted_it_is_exact(rng, name):
 def test_the_warpgroups_of_a_block_do_not_race(rng, monkeypatch, capsys):
     if (params := getattr(module.plgpu, "InterpretGPUParams", None)) is None:
         pytest.skip("this JAX has no public interpreter")
-    monkeypatch.setattr(module, "_interpreter", lambda: params(detect_races=True))
+    monkeypatch.setattr(module, "interpreter", lambda: params(detect_races=True))
     heads = Heads(7, 1, 64)
     # One block, since what makes blocks wait for each other is not there.
     call = calling(heads, window=None, config=Config(blocks=1, **SMALL), interpret=True)
