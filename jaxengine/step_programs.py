@@ -29,13 +29,13 @@ INSTALL_ROWS = 32  # requests that it installs at a time
 EMBED_INSTALL_ROWS = 64  # where a step may begin and end hundreds
 MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
 
-# Of XLA on a GPU. Products are cuBLAS's, which are faster than Triton's there and need no trying
-# out of kernels that have to be compiled first; of very few rows, where it is the other way round,
-# only the logits are XLA's. Few and long kernels need no CUDA graph, but for conditionals: without
-# one the host would wait for each.
+# Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there and need no
+# trying out of kernels that have to be compiled first. Of few rows it is the other way round, but
+# where products have kernels of their own, which leaves the logits. Few and long kernels need no
+# CUDA graph, but for conditionals: without one the host would wait for each.
 CUBLAS_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 LONG_OPTIONS = CUBLAS_OPTIONS | {"xla_gpu_enable_command_buffer": "FUSION,CONDITIONAL"}
-MIN_CUBLAS_ROWS = 8
+MIN_CUBLAS_ROWS, MIN_LOGITS_ROWS = 32, 8
 MAX_GRAPH_TOKENS = 1024  # beyond that, kernels take longer than their launches
 
 
@@ -145,7 +145,9 @@ class StepPrograms:
     ) -> Callable[[], Any]:
         """What compiles a step or the first part of one, or loads it."""
         variant = variant or self.plain
-        options = compiler_options(bucket) if self.device.platform == "gpu" else None
+        options = None
+        if self.device.platform == "gpu":
+            options = compiler_options(bucket, self._kernels.has_small_batches)
         arguments = self.step_arguments(bucket, num_pages, variant)
         results = arguments[1], arguments[2], *variant.structure
         return self._executables.through(
@@ -272,11 +274,12 @@ class StepPrograms:
         )
 
 
-def compiler_options(bucket: Bucket) -> dict[str, Any] | None:
-    """Of a step on a GPU."""
+def compiler_options(bucket: Bucket, has_small_batches: bool) -> dict[str, Any] | None:
+    """Of a step on a GPU, whose products of few rows may have kernels of their own."""
     if bucket.num_tokens > MAX_GRAPH_TOKENS:
         return LONG_OPTIONS
-    return CUBLAS_OPTIONS if bucket.num_tokens >= MIN_CUBLAS_ROWS else None
+    least = MIN_LOGITS_ROWS if has_small_batches else MIN_CUBLAS_ROWS
+    return CUBLAS_OPTIONS if bucket.num_tokens >= least else None
 
 
 def _exact_float32(params: tuple[jax.ShapeDtypeStruct, ...]) -> AbstractContextManager:

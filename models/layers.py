@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxengine.pallas_kernels.dispatch import XLA, Kernels, small_batch_products
-from jaxengine.pallas_kernels.few_row_linear import few_row_gated, few_row_linear
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels, fused_product
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 
 
@@ -81,12 +80,8 @@ def linear(
     """
     matrix = weight[...].reshape(-1, x.shape[1])
     flat_bias = None if bias is None else bias[...].reshape(-1)
-    if kernels.takes_few_rows(len(x)):
-        how = _norm(norm) | _how(kernels)
-        return few_row_linear(x, matrix, bias=flat_bias, residual=residual, **how)
-    if small := small_batch_products(kernels, Shape(1, len(x), *matrix.shape), x.dtype):
-        how = _norm(norm) | dict(residual=residual, interpret=kernels.interpret)
-        return small.small_batch_linear(x, matrix, bias=flat_bias, **how)
+    if product := fused_product(kernels, Shape(1, len(x), *matrix.shape), x.dtype):
+        return product(x, matrix, bias=flat_bias, residual=residual, **_norm(norm))
     normed = x if norm is None else norm(x)
     # A bias joins before the sums are rounded; without one the product may round them itself.
     sum_dtype = x.dtype if flat_bias is None else jnp.float32
@@ -105,13 +100,8 @@ def gated(
     kernels: Kernels = XLA,
 ) -> Float[Array, "T F"]:
     """silu(gate x) * up x, of the normed x."""
-    if kernels.takes_few_rows(len(x)):
-        both_biases = None if bias is None else bias[...]
-        return few_row_gated(x, gate_up[...], bias=both_biases, **_norm(norm), **_how(kernels))
-    if small := small_batch_products(kernels, Shape(2, len(x), *gate_up.shape[1:]), x.dtype):
-        how = _norm(norm) | dict(interpret=kernels.interpret)
-        both_biases = None if bias is None else bias[...]
-        return small.small_batch_gated(x, gate_up[...], bias=both_biases, **how)
+    if product := fused_product(kernels, Shape(2, len(x), *gate_up.shape[1:]), x.dtype):
+        return product(x, gate_up[...], bias=None if bias is None else bias[...], **_norm(norm))
     gate, up = jnp.split(linear(x, gate_up, norm=norm, bias=bias), 2, axis=1)
     return jax.nn.silu(gate) * up
 
@@ -123,7 +113,3 @@ def project(hidden: Float[Array, "B D"], head: nnx.Param) -> Float[Array, "B V"]
 
 def _norm(norm: Norm | None) -> dict[str, Any]:
     return dict(norm_scale=norm and norm.scale, eps=norm.eps if norm else 0.0)
-
-
-def _how(kernels: Kernels) -> dict[str, Any]:
-    return dict(launches_early=kernels.launches_early, interpret=kernels.interpret)

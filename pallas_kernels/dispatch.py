@@ -30,9 +30,6 @@ class Kernels:
     launches_early: bool = False  # see `pdl.py`
     interpret: bool = False  # run kernels on a CPU, for tests
 
-    def takes_few_rows(self, num_rows: int) -> bool:
-        return num_rows <= self.max_few_rows
-
 
 XLA = Kernels()
 """What runs everywhere, and what every kernel is compared with."""
@@ -68,7 +65,7 @@ def choose(backend: str | None, problem: Problem, *, mixes_decode: bool = False)
         rotation="triton",
         sampling="triton",
         max_few_rows=MAX_FEW_ROWS,
-        has_small_batches=decode == "mosaic" and problem.dtype == "bfloat16",
+        has_small_batches=_takes_small_batches(backend, problem),
         splits_single_rows=mixes_decode,
         launches_early=problem.capability is not None and problem.capability >= (9, 0),
     )
@@ -84,12 +81,19 @@ def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
     return _attention(1, kernels.extend, kernels.interpret)
 
 
-def small_batch_products(kernels: Kernels, shape: Any, dtype: Any) -> ModuleType | None:
-    """The kernels for a product of a `few_row_linear_kernel.Shape`; None: XLA's is to be taken."""
-    if not kernels.has_small_batches:
+def fused_product(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any] | None:
+    """The kernel for a product of a `few_row_linear_kernel.Shape`, gated if it is one of two
+    weights; None: XLA's is to be taken."""
+    name, how = "few_row", dict(launches_early=kernels.launches_early)
+    if shape.B > kernels.max_few_rows:
+        name, how = "small_batch", {}
+        if not kernels.has_small_batches:
+            return None
+    module = _module(f"{name}_linear")
+    if name == "small_batch" and module.unsupported(shape=shape, dtype=dtype) is not None:
         return None
-    module = _module("small_batch_linear")
-    return module if module.unsupported(shape=shape, dtype=dtype) is None else None
+    function = getattr(module, f"{name}_{'linear' if shape.M == 1 else 'gated'}")
+    return partial(function, interpret=kernels.interpret, **how)
 
 
 def _fitting(which: int, backend: str | None, problem: Problem) -> str:
@@ -100,6 +104,11 @@ def _fitting(which: int, backend: str | None, problem: Problem) -> str:
     raise ValueError(
         f"attention_backend: {backend} cannot be used here: {reason}; leave it out for one that can"
     )
+
+
+def _takes_small_batches(backend: str | None, problem: Problem) -> bool:
+    is_hopper = problem.capability == (9, 0)
+    return is_hopper and backend in (None, "mosaic") and problem.dtype == "bfloat16"
 
 
 def _unsupported(which: int, backend: str, problem: Problem) -> str | None:

@@ -26,12 +26,8 @@ from jaxtyping import Array, Float
 
 from jaxengine.pallas_kernels import few_row_linear
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
-from jaxengine.pallas_kernels.small_batch_linear_kernel import (
-    ROWS,
-    Config,
-    fused_product,
-    shared_memory,
-)
+from jaxengine.pallas_kernels.small_batch_linear_kernel import fused_product, shared_memory
+from jaxengine.pallas_kernels.small_batch_linear_producer import ROWS, Config
 
 BLOCKS = 132  # multiprocessors of an H100 or H200
 SHARED_MEMORY = 225 * 1024  # bytes of a block, barriers apart

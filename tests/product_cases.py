@@ -1,7 +1,7 @@
 """Products of a decoder layer: operands, what is exact, and how a kernel's two functions are
 called on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from jaxengine.pallas_kernels.few_row_linear import gated_reference, linear_refe
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 
 EPS = 1e-6
+SOME = 2000  # outputs that are compared where weights are of full size
+CUT = ("weight", "bias", "residual")  # those with outputs in their second axis
 
 
 def make(rng: np.random.Generator, shape: Shape, dtype, what: str) -> dict[str, jax.Array]:
@@ -68,3 +70,29 @@ def sizes_of(shape: Shape, what: str) -> dict[str, tuple[int, ...]]:
     M, B, F, D = shape
     sizes = dict(x=(B, D), weight=(M, F, D), norm_scale=(D,), bias=(M, F), residual=(B, F))
     return {name: size for name, size in sizes.items() if name in ("x", "weight") or name in what}
+
+
+def what_of(product: str) -> str:
+    """What stands around a product of a layer."""
+    return "norm_scale bias" if product in ("qkv", "gate_up") else "residual"
+
+
+def check_some(
+    rng: np.random.Generator,
+    shape: Shape,
+    what: str,
+    programs: Mapping[int, Callable[[dict[str, Any]], jax.Array]],
+) -> None:
+    """The same of some outputs, for programs of the first so many rows of `shape`."""
+    operands = make(rng, shape, jnp.bfloat16, what)
+    some = np.unique([0, shape.F - 1, *rng.integers(0, shape.F, SOME)])
+    host = {name: np.asarray(array) for name, array in operands.items()}
+    few = {name: a[:, some] if name in CUT else a for name, a in host.items()}
+    right = exact(**{name: to_float64(array) for name, array in few.items()})
+    with jax.default_device(jax.devices("cpu")[0]):
+        naive = np.asarray(run(linear_reference if shape.M == 1 else gated_reference, few))
+    for rows, program in programs.items():
+        own = {name: host[name][:rows] for name in ("x", "residual") if name in host}
+        got = np.asarray(program(operands | own))[:, some]
+        names = [f"row {row} of {rows}" for row in range(rows)]
+        assert_near_exact(got, right[:rows], naive[:rows], rows=names)

@@ -39,6 +39,13 @@ def test_what_a_gpu_and_its_batches_are_like_is_known():
     assert choose(None, HOPPER).launches_early and not choose(None, HOPPER).splits_single_rows
     assert choose(None, HOPPER, mixes_decode=True).splits_single_rows
     assert not choose(None, replace(HOPPER, capability=(8, 9))).launches_early
+    # Products know nothing of heads.
+    assert all(
+        choose(None, replace(HOPPER, head_size=size)).has_small_batches for size in (128, 80)
+    )
+    for problem in (replace(HOPPER, capability=(8, 9)), replace(HOPPER, dtype="float16")):
+        assert not choose(None, problem).has_small_batches
+    assert not choose("triton", HOPPER).has_small_batches
 
 
 @pytest.mark.parametrize("backend", MODULES)

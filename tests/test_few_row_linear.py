@@ -9,8 +9,8 @@ import numpy as np
 import product_cases
 import pytest
 from cuda import compile_ahead, lower_for_cuda
-from numerics import assert_near_exact, to_float64
-from product_cases import apply, exact, make, run, sizes_of
+from numerics import to_float64
+from product_cases import apply, make, run, sizes_of, what_of
 
 from jaxengine.pallas_kernels.few_row_linear import (
     SHAPES,
@@ -18,8 +18,6 @@ from jaxengine.pallas_kernels.few_row_linear import (
     Shape,
     few_row_gated,
     few_row_linear,
-    gated_reference,
-    linear_reference,
     unsupported,
 )
 
@@ -103,8 +101,6 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason(rng):
 
 
 PRODUCTS = [(model, product) for model, products in SHAPES.items() for product in products]
-SOME = 2000  # outputs that are compared
-CUT = ("weight", "bias", "residual")  # those with outputs in their second axis
 
 
 def prepared(model: str, product: str, rows: int, launches_early: bool):
@@ -117,10 +113,6 @@ def prepared(model: str, product: str, rows: int, launches_early: bool):
         for name, size in sizes_of(Shape(M, rows, F, D), what).items()
     }
     return partial(apply, call), [shapes]
-
-
-def what_of(product: str) -> str:
-    return "norm_scale bias" if product in ("qkv", "gate_up") else "residual"
 
 
 @pytest.mark.parametrize("launches_early", [False, True], ids=["", "early"])
@@ -144,15 +136,5 @@ def compiled():
 def test_production_shapes_are_exact_on_a_gpu(rng, compiled, model, product):
     """Weights of full size, since it decides on the tuning; of the outputs, some are compared."""
     M, F, D = SHAPES[model][product]
-    operands = make(rng, Shape(M, 4, F, D), BF16, what_of(product))
-    some = np.unique([0, F - 1, *rng.integers(0, F, SOME)])
-    host = {name: np.asarray(array) for name, array in operands.items()}
-    few = {name: a[:, some] if name in CUT else a for name, a in host.items()}
-    right = exact(**{name: to_float64(array) for name, array in few.items()})
-    with jax.default_device(jax.devices("cpu")[0]):
-        naive = np.asarray(run(linear_reference if M == 1 else gated_reference, few))
-    for rows in range(1, 5):
-        own = {name: host[name][:rows] for name in ("x", "residual") if name in host}
-        got = np.asarray(compiled[model, product, rows].result()(operands | own))[:, some]
-        names = [f"row {row} of {rows}" for row in range(rows)]
-        assert_near_exact(got, right[:rows], naive[:rows], rows=names)
+    programs = {rows: compiled[model, product, rows].result() for rows in range(1, 5)}
+    product_cases.check_some(rng, Shape(M, 4, F, D), what_of(product), programs)

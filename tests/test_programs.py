@@ -28,7 +28,12 @@ from jaxengine.models.shapes import SHAPES
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
 from jaxengine.sampling import num_fields
-from jaxengine.step_programs import StepPrograms
+from jaxengine.step_programs import (
+    CUBLAS_OPTIONS,
+    LONG_OPTIONS,
+    StepPrograms,
+    compiler_options,
+)
 
 
 def step_programs(
@@ -166,6 +171,17 @@ def test_a_step_is_one_stretch_that_a_cuda_graph_can_hold(kernels: Kernels) -> N
         assert text.count("stablehlo.while") == num_loops
         assert text.count("tf.aliasing_output") == config.num_layers + 2  # tokens and page table
         assert text.count('name = "few_row') == (4 if bucket.num_rows == 1 else 0), "of a layer"
+
+
+def test_small_products_are_tried_out_where_no_kernel_takes_them():
+    few, some, long = Bucket(16, 16, 8), Bucket(64, 64, 8), Bucket(2048, 64)
+    for has_small_batches in (False, True):
+        assert compiler_options(Bucket(2, 2, 8), has_small_batches) is None
+        assert compiler_options(few, has_small_batches) == (
+            CUBLAS_OPTIONS if has_small_batches else None
+        )
+        assert compiler_options(some, has_small_batches) == CUBLAS_OPTIONS
+        assert compiler_options(long, has_small_batches) == LONG_OPTIONS
 
 
 EMPTY = empty_request_state(4, 40, 16, num_stop_ids=2, num_bias=8)

@@ -10,12 +10,11 @@ import product_cases
 import pytest
 from cuda import compile_ahead, lower_for_cuda
 from flax import nnx
-from numerics import assert_near_exact, noise, to_float64
-from product_cases import apply, exact, make, run, sizes_of
+from numerics import noise, to_float64
+from product_cases import apply, make, run, sizes_of, what_of
 
 from jaxengine.models.layers import Norm, gated, linear
 from jaxengine.pallas_kernels.dispatch import Kernels
-from jaxengine.pallas_kernels.few_row_linear import gated_reference, linear_reference
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 from jaxengine.pallas_kernels.small_batch_linear import (
     BLOCKS,
@@ -26,7 +25,8 @@ from jaxengine.pallas_kernels.small_batch_linear import (
     small_batch_linear,
     unsupported,
 )
-from jaxengine.pallas_kernels.small_batch_linear_kernel import Config, shared_memory
+from jaxengine.pallas_kernels.small_batch_linear_kernel import shared_memory
+from jaxengine.pallas_kernels.small_batch_linear_producer import Config
 
 BF16 = jnp.bfloat16
 CONFIGS = {
@@ -115,8 +115,6 @@ def test_a_layer_takes_them_where_they_fit(rng):
 
 
 PRODUCTS = [(model, product) for model, products in SHAPES.items() for product in products]
-SOME = 2000  # outputs that are compared
-CUT = ("weight", "bias", "residual")  # those with outputs in their second axis
 
 
 def prepared(model: str, product: str, rows: int):
@@ -126,10 +124,6 @@ def prepared(model: str, product: str, rows: int):
     sizes = sizes_of(Shape(M, rows, F, D), what_of(product))
     shapes = {name: jax.ShapeDtypeStruct(size, BF16) for name, size in sizes.items()}
     return partial(apply, call), [shapes]
-
-
-def what_of(product: str) -> str:
-    return "norm_scale bias" if product in ("qkv", "gate_up") else "residual"
 
 
 @pytest.mark.parametrize(("model", "product"), PRODUCTS)
@@ -162,15 +156,5 @@ def test_production_shapes_are_exact_on_a_gpu(rng, compiled, model, product):
     if float(jax.devices()[0].compute_capability) != 9.0:
         pytest.skip("needs compute capability 9.0")
     M, F, D = SHAPES[model][product]
-    operands = make(rng, Shape(M, max(ROWS), F, D), BF16, what_of(product))
-    some = np.unique([0, F - 1, *rng.integers(0, F, SOME)])
-    host = {name: np.asarray(array) for name, array in operands.items()}
-    few = {name: a[:, some] if name in CUT else a for name, a in host.items()}
-    right = exact(**{name: to_float64(array) for name, array in few.items()})
-    with jax.default_device(jax.devices("cpu")[0]):
-        naive = np.asarray(run(linear_reference if M == 1 else gated_reference, few))
-    for rows in ROWS:
-        own = {name: host[name][:rows] for name in ("x", "residual") if name in host}
-        got = np.asarray(compiled[model, product, rows].result()(operands | own))[:, some]
-        names = [f"row {row} of {rows}" for row in range(rows)]
-        assert_near_exact(got, right[:rows], naive[:rows], rows=names)
+    programs = {rows: compiled[model, product, rows].result() for rows in ROWS}
+    product_cases.check_some(rng, Shape(M, max(ROWS), F, D), what_of(product), programs)
