@@ -147,7 +147,7 @@ class StepPrograms:
         variant = variant or self.plain
         options = None
         if self.device.platform == "gpu":
-            options = compiler_options(bucket, self._kernels.has_small_batches)
+            options = compiler_options(bucket, self._kernels.hopper_products)
         arguments = self.step_arguments(bucket, num_pages, variant)
         results = arguments[1], arguments[2], *variant.structure
         return self._executables.through(
@@ -274,11 +274,11 @@ class StepPrograms:
         )
 
 
-def compiler_options(bucket: Bucket, has_small_batches: bool) -> dict[str, Any] | None:
+def compiler_options(bucket: Bucket, hopper_products: bool) -> dict[str, Any] | None:
     """Of a step on a GPU, whose products of few rows may have kernels of their own."""
     if bucket.num_tokens > MAX_GRAPH_TOKENS:
         return LONG_OPTIONS
-    least = MIN_LOGITS_ROWS if has_small_batches else MIN_CUBLAS_ROWS
+    least = MIN_LOGITS_ROWS if hopper_products else MIN_CUBLAS_ROWS
     return CUBLAS_OPTIONS if bucket.num_tokens >= least else None
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxengine.pallas_kernels.dispatch import XLA, Kernels, fused_product
+from jaxengine.pallas_kernels.dispatch import XLA, Kernels, fused_product, many_row_gated
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 
 
@@ -100,9 +100,13 @@ def gated(
     kernels: Kernels = XLA,
 ) -> Float[Array, "T F"]:
     """silu(gate x) * up x, of the normed x."""
-    if product := fused_product(kernels, Shape(2, len(x), *gate_up.shape[1:]), x.dtype):
+    shape = Shape(2, len(x), *gate_up.shape[1:])
+    if product := fused_product(kernels, shape, x.dtype):
         return product(x, gate_up[...], bias=None if bias is None else bias[...], **_norm(norm))
-    gate, up = jnp.split(linear(x, gate_up, norm=norm, bias=bias), 2, axis=1)
+    normed = x if norm is None else norm(x)
+    if bias is None and (product := many_row_gated(kernels, shape, x.dtype)):
+        return product(normed, gate_up[...])
+    gate, up = jnp.split(linear(normed, gate_up, bias=bias), 2, axis=1)
     return jax.nn.silu(gate) * up
 
 

@@ -25,7 +25,7 @@ class Kernels:
     rotation: str = "xla"  # head norms, rotary embedding and KV write
     sampling: str = "xla"
     max_few_rows: int = 0  # products of so many rows at most have a kernel of their own
-    has_small_batches: bool = False  # and those of 8 to 64 rows another one, for Hopper
+    hopper_products: bool = False  # and others those for Hopper's tensor cores
     splits_single_rows: bool = False  # of a ragged batch: those of one token are for `decode`
     launches_early: bool = False  # see `pdl.py`
     interpret: bool = False  # run kernels on a CPU, for tests
@@ -65,7 +65,7 @@ def choose(backend: str | None, problem: Problem, *, mixes_decode: bool = False)
         rotation="triton",
         sampling="triton",
         max_few_rows=MAX_FEW_ROWS,
-        has_small_batches=_takes_small_batches(backend, problem),
+        hopper_products=_takes_hopper_products(backend, problem),
         splits_single_rows=mixes_decode,
         launches_early=problem.capability is not None and problem.capability >= (9, 0),
     )
@@ -84,16 +84,31 @@ def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
 def fused_product(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any] | None:
     """The kernel for a product of a `few_row_linear_kernel.Shape`, gated if it is one of two
     weights; None: XLA's is to be taken."""
-    name, how = "few_row", dict(launches_early=kernels.launches_early)
-    if shape.B > kernels.max_few_rows:
-        name, how = "small_batch", {}
-        if not kernels.has_small_batches:
-            return None
-    module = _module(f"{name}_linear")
-    if name == "small_batch" and module.unsupported(shape=shape, dtype=dtype) is not None:
+    few_row, small_batch = _module("few_row_linear"), _module("small_batch_linear")
+    kind = "linear" if shape.M == 1 else "gated"
+    is_for_few = shape.B <= kernels.max_few_rows
+    fits_hopper = small_batch.unsupported(shape=shape, dtype=dtype) is None
+    fits_hopper = kernels.hopper_products and fits_hopper
+    if is_for_few and not (fits_hopper and few_row.is_large(shape, dtype)):
+        function = partial(
+            getattr(few_row, f"few_row_{kind}"), launches_early=kernels.launches_early
+        )
+    elif fits_hopper:
+        function = getattr(small_batch, f"small_batch_{kind}")
+    else:
         return None
-    function = getattr(module, f"{name}_{'linear' if shape.M == 1 else 'gated'}")
-    return partial(function, interpret=kernels.interpret, **how)
+    return partial(function, interpret=kernels.interpret)
+
+
+def many_row_gated(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any] | None:
+    """The kernel for a gated product of such a `Shape`, of rows already normed and without biases;
+    None: XLA's is to be taken."""
+    if not kernels.hopper_products:
+        return None
+    module, (_, T, F, D) = _module("many_row_gated"), shape
+    if module.unsupported(T=T, F=F, D=D, dtype=dtype) is not None:
+        return None
+    return partial(module.many_row_gated, interpret=kernels.interpret)
 
 
 def _fitting(which: int, backend: str | None, problem: Problem) -> str:
@@ -106,7 +121,7 @@ def _fitting(which: int, backend: str | None, problem: Problem) -> str:
     )
 
 
-def _takes_small_batches(backend: str | None, problem: Problem) -> bool:
+def _takes_hopper_products(backend: str | None, problem: Problem) -> bool:
     is_hopper = problem.capability == (9, 0)
     return is_hopper and backend in (None, "mosaic") and problem.dtype == "bfloat16"
 

@@ -28,6 +28,7 @@ from jaxengine.pallas_kernels.few_row_linear_kernel import Config, Shape, fused_
 
 MAX_ROWS = 4
 SMALL = 2**24  # bytes of a weight; 132 multiprocessors have room for twice as many in registers
+LARGE = 2**25  # beyond that, tensor cores and the copy engine are faster where there are such
 NUM_PROGRAMS = 512
 
 
@@ -137,6 +138,11 @@ def default_config(shape: Shape, dtype: Any) -> Config:
     if is_small:
         tile = next((tile for tile in (8 // M, 4) if F >= NUM_PROGRAMS * tile), 2)
     return Config(tile_F=tile, tile_D=lanes * num_warps, num_warps=num_warps)
+
+
+def is_large(shape: Shape, dtype: Any) -> bool:
+    """Whether the weight is such that other kernels are to be preferred."""
+    return shape.M * shape.F * shape.D * jnp.dtype(dtype).itemsize > LARGE
 
 
 def unsupported(*, shape: Shape, dtype: Any) -> str | None:

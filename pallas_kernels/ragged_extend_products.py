@@ -1,8 +1,8 @@
-"""What a consumer of `ragged_extend`'s kernel computes with, on tensor cores or on a CPU.
+"""What the consumers of Mosaic kernels compute with, on tensor cores or on a CPU.
 
-A product ends the turn at the tensor cores (`then`) when all of it has been issued, and returns
-when it is done. JAX's interpreters know neither products from registers nor layouts, so that tests
-on a CPU have products of their own; all else is the same kernel.
+An attention product ends the turn at the tensor cores (`then`) when all of it has been issued, and
+returns when it is done. JAX's interpreters know neither products from registers nor layouts, so
+that tests on a CPU have products of their own; all else is the same kernel.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ class Products(NamedTuple):
     values_and_scores: Callable[..., tuple[jax.Array, jax.Array]]
     """(numerator, p, v, q, k, then) -> numerator + p v, q k'"""
     values: Callable[..., jax.Array]  # (numerator, p, v, then) -> numerator + p v
+    add: Callable[..., jax.Array]  # (sums, x, weight) -> sums + x weight', x also in registers
     cast: Callable[..., jax.Array]  # to a layout
     iota: Callable[..., jax.Array]  # (shape, axis)
 
@@ -65,6 +66,11 @@ def _values(numerator: jax.Array, p: jax.Array, v: Any, then: Callable[[], None]
     return sums
 
 
+def _add(sums: jax.Array, x: Any, weight: Any) -> jax.Array:
+    result: Any = pl.run_state(lambda out: plgpu.wgmma(out, x, weight.T))(ACC.init(sums))
+    return result
+
+
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
@@ -78,6 +84,7 @@ TENSOR_CORES = Products(
     _scores,
     _values_and_scores,
     _values,
+    _add,
     plgpu.layout_cast,
     lambda shape, axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT),
 )
@@ -87,6 +94,7 @@ INTERPRETED = Products(  # interpreters know neither products from registers nor
         (out + _dot(p, v[...]), _dot(q[...], k[...].T)), then
     ),
     lambda out, p, v, then: _interpreted(out + _dot(p, v[...]), then),
+    lambda sums, x, weight: sums + _dot(x[...], weight[...].T),
     lambda array, layout: array,
     lambda shape, axis: lax.broadcasted_iota(jnp.int32, shape, axis),
 )

@@ -1,5 +1,6 @@
-"""Products of 8 to 64 rows with a weight on Hopper's tensor cores, fused with what stands around
-them in a decoder layer: the root-mean-square norm before, bias, residual or the MLP's gate after.
+"""Products of 1, 2 or 8 to 64 rows with a weight on Hopper's tensor cores, fused with what stands
+around them in a decoder layer: the root-mean-square norm before, bias, residual or the MLP's gate
+after.
 
     linear: out[b, f] = sum_d weight[f, d] n[b, d] + bias[f] + residual[b, f]
     gated:  out[b, f] = silu(gate[b, f]) up[b, f], both such sums
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float
 from jaxengine.pallas_kernels import few_row_linear
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 from jaxengine.pallas_kernels.small_batch_linear_kernel import fused_product, shared_memory
-from jaxengine.pallas_kernels.small_batch_linear_producer import ROWS, Config
+from jaxengine.pallas_kernels.small_batch_linear_producer import FEW_ROWS, ROWS, Config
 
 BLOCKS = 132  # multiprocessors of an H100 or H200
 SHARED_MEMORY = 225 * 1024  # bytes of a block, barriers apart
@@ -95,7 +96,8 @@ def default_config(shape: Shape, *, has_norm: bool) -> Config:
     there is more to wait for than to multiply. Wide ones are for narrow weights."""
     tile_F = _tile_F(shape)
     assert tile_F is not None, "it is supported"
-    widest = 256 if tile_F < 32 and not has_norm else 128  # normed rows go through registers
+    in_registers = has_norm or shape.B <= FEW_ROWS
+    widest = 256 if tile_F < 32 and not in_registers else 128
     for tile_D in (size for size in (256, 128, 64) if size <= widest and shape.D % size == 0):
         num_slices = shape.D // tile_D
         consumers = 2 if shape.M * tile_F <= 64 and num_slices > 1 else 1
@@ -119,8 +121,8 @@ def _tile_F(shape: Shape) -> int | None:
 
 def unsupported(*, shape: Shape, dtype: Any) -> str | None:
     """Why the kernel cannot take a product; None where it can."""
-    if shape.B % 8 or not 8 <= shape.B <= ROWS:
-        return f"it takes 8, 16, ... to {ROWS} rows, not {shape.B}"
+    if not 1 <= shape.B <= FEW_ROWS and (shape.B % 8 or not 8 <= shape.B <= ROWS):
+        return f"it takes 1, 2, 8, 16, ... to {ROWS} rows, not {shape.B}"
     if shape.D % 64 or _tile_F(shape) is None:
         return f"it has no tiles for {shape.F} outputs of {shape.D} inputs"
     if jnp.dtype(dtype) != jnp.bfloat16:

@@ -11,13 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxengine.pallas_kernels.ragged_extend_products import (
-    ACC,
     INTERPRETED,
     LAYOUT,
     TENSOR_CORES,
     over,
 )
-from jaxengine.pallas_kernels.small_batch_linear_producer import ROWS, Block
+from jaxengine.pallas_kernels.small_batch_linear_producer import FEW_ROWS, ROWS, Block
 
 
 class Sums(NamedTuple):
@@ -55,27 +54,28 @@ def _nothing(block: Block) -> Sums:
 def _add_slice(block: Block, index: Any, sums: Sums) -> Sums:
     memory, products, slot = block.memory, _products(block), block.slot(index)
     plgpu.barrier_wait(memory.full.at[slot])
-    x, weight, squares = memory.x_tiles.at[slot], memory.weight_tiles.at[slot], sums.squares
+    x, weight, squares = _rows(block, slot), memory.weight_tiles.at[slot], sums.squares
     if memory.scale is not None:
         wide = products.cast(x[...], LAYOUT).astype(jnp.float32)
         scale = products.cast(memory.scale_tiles[slot], LAYOUT.reduce(0)).astype(jnp.float32)
         squares = squares + (wide * wide).sum(axis=1)
         x = (wide * lax.broadcast_in_dim(scale, wide.shape, [1])).astype(x.dtype)
-    multiply = _multiplied if block.interpret else _multiply
-    summed = multiply(sums.products, x, weight)
+    summed = products.add(sums.products, x, weight)
     plgpu.barrier_arrive(memory.free.at[slot])
     return Sums(summed, squares)
 
 
-def _multiply(sums: jax.Array, x: Any, weight: Any) -> jax.Array:
-    """sums + x weight', where x is in registers or in shared memory."""
-    result: Any = pl.run_state(lambda out: plgpu.wgmma(out, x, weight.T))(ACC.init(sums))
-    return result
-
-
-def _multiplied(sums: jax.Array, x: Any, weight: Any) -> jax.Array:
-    """The same for interpreters, which know no products from registers."""
-    return sums + jnp.dot(x[...], weight[...].T, preferred_element_type=jnp.float32)
+def _rows(block: Block, slot: Any) -> Any:
+    """Of a slice, [ROWS tile_D]: in shared memory, or of few rows in registers, again and again."""
+    x, B, products = block.memory.x_tiles.at[slot], block.shape.B, _products(block)
+    if B > FEW_ROWS:
+        return x
+    size = ROWS, block.config.tile_D
+    each = [products.cast(x[b], LAYOUT.reduce(0)) for b in range(B)]
+    first, *others = (lax.broadcast_in_dim(row, size, [1]) for row in each)
+    for other in others:
+        first = jnp.where(products.iota(size, 0) % 2 == 0, first, other)
+    return first
 
 
 def _finish(block: Block, sums: Sums) -> None:

@@ -9,7 +9,7 @@ its own turns, and the first adds up their sums and writes the outputs:
     consumer 1              |  1        |  3  |
 
 The rows are the 64 of a tensor core instruction. Those beyond the batch hold what was there before,
-and nothing of them leaves the block.
+or of one or two rows copies, and nothing of them leaves the block.
 """
 
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from jaxengine.pallas_kernels.lowered_once import lowered_once
 from jaxengine.pallas_kernels.mosaic import interpreter
 from jaxengine.pallas_kernels.small_batch_linear_consumer import consume
 from jaxengine.pallas_kernels.small_batch_linear_producer import (
+    FEW_ROWS,
     ROWS,
     Block,
     Config,
@@ -63,10 +64,15 @@ def fused_product(
 def shared_memory(shape: Shape, config: Config) -> int:
     """Bytes of a block, barriers apart."""
     width = shape.M * config.tile_F
-    slot = 2 * config.tile_D * (ROWS + width + 1)
+    slot = 2 * config.tile_D * (_num_x_rows(shape) + width + 1)
     partial_sums = 4 * ROWS * (width + 1) if config.consumers == 2 else 0
     addends = 2 * (ROWS * config.tile_F + shape.M * _padded(config.tile_F))
     return config.stages * slot + partial_sums + addends
+
+
+def _num_x_rows(shape: Shape) -> int:
+    """Of a slot."""
+    return shape.B if shape.B <= FEW_ROWS else ROWS
 
 
 def _padded(size: int) -> int:
@@ -126,7 +132,11 @@ def _scratch(names: tuple[str, ...], shape: Shape, config: Config, dtype: Any) -
     copies = 1 + shape.M + ("scale" in names)
     addends = shape.M * ("bias" in names) + ("residual" in names)
     scratch = dict(
-        x_tiles=plgpu.SMEM((stages, ROWS, tile_D), dtype, transforms=tiled),
+        x_tiles=plgpu.SMEM(
+            (stages, _num_x_rows(shape), tile_D),
+            dtype,
+            transforms=() if shape.B <= FEW_ROWS else tiled,
+        ),
         weight_tiles=plgpu.SMEM((stages, width, tile_D), dtype, transforms=tiled),
         row_tile=plgpu.SMEM((ROWS, config.tile_F), dtype),
         full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),

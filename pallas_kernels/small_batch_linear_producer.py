@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 
 ROWS = 64  # of a tensor core instruction
+FEW_ROWS = 2  # that are kept apart: the copy engine lays out 8 at a time for tensor cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Memory(NamedTuple):
     bias: Any  # [M F]
     residual: Any  # [B F]
     out: Any  # [B F]
-    x_tiles: Any  # [stages ROWS tile_D]
+    x_tiles: Any  # [stages ROWS tile_D]; of few rows [stages B tile_D]
     weight_tiles: Any  # [stages, M tile_F, tile_D]
     scale_tiles: Any  # [stages tile_D]
     bias_tile: Any  # [M, tile_F and more]: copies go to multiples of 128 bytes

@@ -1,6 +1,7 @@
 """Which kernels are chosen where, and what is said of those that cannot be."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,9 +10,11 @@ from jaxengine.pallas_kernels.dispatch import (
     XLA,
     Problem,
     choose,
+    fused_product,
     paged_decode,
     ragged_extend,
 )
+from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 
 HOPPER = Problem(capability=(9, 0), dtype="bfloat16", head_size=128, group_size=4, page_size=64)
 
@@ -40,12 +43,30 @@ def test_what_a_gpu_and_its_batches_are_like_is_known():
     assert choose(None, HOPPER, mixes_decode=True).splits_single_rows
     assert not choose(None, replace(HOPPER, capability=(8, 9))).launches_early
     # Products know nothing of heads.
-    assert all(
-        choose(None, replace(HOPPER, head_size=size)).has_small_batches for size in (128, 80)
-    )
+    assert all(choose(None, replace(HOPPER, head_size=size)).hopper_products for size in (128, 80))
     for problem in (replace(HOPPER, capability=(8, 9)), replace(HOPPER, dtype="float16")):
-        assert not choose(None, problem).has_small_batches
-    assert not choose("triton", HOPPER).has_small_batches
+        assert not choose(None, problem).hopper_products
+    assert not choose("triton", HOPPER).hopper_products
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        (Shape(1, 1, 4096, 1024), "few_row_linear"),
+        (Shape(2, 2, 3072, 1024), "few_row_gated"),
+        (Shape(1, 1, 4096, 14336), "small_batch_linear"),
+        (Shape(2, 2, 14336, 4096), "small_batch_gated"),
+        (Shape(1, 1, 4100, 14336), "few_row_linear"),  # no tiles
+        (Shape(1, 8, 4096, 1024), "small_batch_linear"),
+        (Shape(1, 4, 4096, 1024), None),
+        (Shape(1, 128, 4096, 1024), None),
+    ],
+)
+def test_a_product_is_for_the_kernel_that_suits_rows_and_weight(shape, name):
+    product: Any = fused_product(choose(None, HOPPER), shape, "bfloat16")
+    assert (product and product.func.__name__) == name
+    older = fused_product(choose(None, replace(HOPPER, capability=(8, 0))), shape, "bfloat16")
+    assert (older is None) == (shape.B > 2)
 
 
 @pytest.mark.parametrize("backend", MODULES)

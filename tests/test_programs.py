@@ -175,13 +175,13 @@ def test_a_step_is_one_stretch_that_a_cuda_graph_can_hold(kernels: Kernels) -> N
 
 def test_small_products_are_tried_out_where_no_kernel_takes_them():
     few, some, long = Bucket(16, 16, 8), Bucket(64, 64, 8), Bucket(2048, 64)
-    for has_small_batches in (False, True):
-        assert compiler_options(Bucket(2, 2, 8), has_small_batches) is None
-        assert compiler_options(few, has_small_batches) == (
-            CUBLAS_OPTIONS if has_small_batches else None
+    for hopper_products in (False, True):
+        assert compiler_options(Bucket(2, 2, 8), hopper_products) is None
+        assert compiler_options(few, hopper_products) == (
+            CUBLAS_OPTIONS if hopper_products else None
         )
-        assert compiler_options(some, has_small_batches) == CUBLAS_OPTIONS
-        assert compiler_options(long, has_small_batches) == LONG_OPTIONS
+        assert compiler_options(some, hopper_products) == CUBLAS_OPTIONS
+        assert compiler_options(long, hopper_products) == LONG_OPTIONS
 
 
 EMPTY = empty_request_state(4, 40, 16, num_stop_ids=2, num_bias=8)

@@ -34,7 +34,7 @@ CONFIGS = {
     "a short ring": Config(tile_F=16, tile_D=64, stages=2),
     "one consumer": Config(tile_F=16, tile_D=128, stages=2, consumers=1),
 }
-ROWS = (8, 16, 32, 64)
+ROWS = (1, 2, 8, 16, 32, 64)
 
 
 def check(shape: Shape, operands: dict[str, jax.Array], **how) -> None:
@@ -58,8 +58,12 @@ def test_gated_is_exact(rng, what, name):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_number_of_rows_is_exact_with_the_default_tuning(rng, rows):
-    shape = Shape(1, rows, 24, 320)
-    check(shape, make(rng, shape, BF16, "norm_scale residual"))
+    for shape, what in (
+        (Shape(1, rows, 24, 320), "norm_scale residual"),
+        (Shape(1, rows, 24, 320), ""),
+        (Shape(2, rows, 24, 320), "norm_scale"),
+    ):
+        check(shape, make(rng, shape, BF16, what))
 
 
 def test_a_single_slice_is_exact(rng):
@@ -68,13 +72,14 @@ def test_a_single_slice_is_exact(rng):
 
 
 def test_a_row_does_not_depend_on_its_neighbours(rng):
-    operands = make(rng, Shape(1, 8, 16, 256), BF16, "norm_scale")
-    out = run(small_batch_linear, operands, interpret=True)
-    poisoned = operands | {"x": operands["x"].at[2].set(jnp.nan)}
-    again = run(small_batch_linear, poisoned, interpret=True)
-    others = jnp.array([0, 1, 3, 4, 5, 6, 7])
-    np.testing.assert_array_equal(again[others], out[others])
-    assert np.isnan(to_float64(again[2])).all()
+    for rows, bad in ((8, 2), (2, 1)):
+        operands = make(rng, Shape(1, rows, 16, 256), BF16, "norm_scale")
+        out = run(small_batch_linear, operands, interpret=True)
+        poisoned = operands | {"x": operands["x"].at[bad].set(jnp.nan)}
+        again = run(small_batch_linear, poisoned, interpret=True)
+        others = np.arange(rows) != bad
+        np.testing.assert_array_equal(again[others], out[others])
+        assert np.isnan(to_float64(again[bad])).all()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason(rng, shape, dtype,
 
 
 def test_a_layer_takes_them_where_they_fit(rng):
-    kernels = Kernels(has_small_batches=True, interpret=True)
+    kernels = Kernels(hopper_products=True, interpret=True)
     norm = Norm(jnp.ones(64, BF16), 1e-6)
     weight, both = (
         nnx.Param(jnp.asarray(noise(rng, size, BF16, 0.1))) for size in ((24, 64), (2, 24, 64))
@@ -129,14 +134,15 @@ def prepared(model: str, product: str, rows: int):
 @pytest.mark.parametrize(("model", "product"), PRODUCTS)
 def test_the_blocks_of_production_shapes_fit_on_the_chip(model, product):
     M, F, D = SHAPES[model][product]
-    for has_norm in (False, True):
-        config = default_config(Shape(M, 64, F, D), has_norm=has_norm)
+    for has_norm, rows in ((False, 64), (True, 64), (False, 1), (True, 2)):
+        shape = Shape(M, rows, F, D)
+        config = default_config(shape, has_norm=has_norm)
         assert F % config.tile_F == D % config.tile_D == config.stages % config.consumers == 0
         assert F // config.tile_F <= BLOCKS and config.stages >= 2
-        assert shared_memory(Shape(M, 64, F, D), config) <= SHARED_MEMORY
+        assert shared_memory(shape, config) <= SHARED_MEMORY
 
 
-@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("rows", [1, 8, 64])
 @pytest.mark.parametrize(("model", "product"), PRODUCTS)
 def test_production_shapes_lower_for_a_gpu(model, product, rows):
     call, shapes = prepared(model, product, rows)

@@ -17,8 +17,9 @@ from jaxengine.pallas_kernels import few_row_linear
 from jaxengine.sampling import empty_state
 from jaxengine.sampling.sample import sample_rows
 
-NUM_ROWS = {"few_row": (1, 2), "small_batch": (8, 32, 64)}
+NUM_ROWS = {"few_row": (1, 2), "small_batch": (1, 8, 32, 64)}
 NUM_TOKENS = (1, 32, 256, 8192)
+MANY_ROWS = (128, 256, 1024, 8192)
 PAGE, MAX_DECODE = 64, 512  # tokens of a page; so many tokens at most are rows of their own
 SAMPLINGS: Mapping[str, Mapping[str, float]] = {
     "greedy": {},
@@ -54,6 +55,25 @@ def _products(name: str, module: ModuleType) -> Iterator[Case]:
                     },
                     work=Work(num_bytes, 2 * M * B * F * D),
                 )
+
+
+def _gates(name: str, module: ModuleType) -> Iterator[Case]:
+    for model, (F, D) in module.SHAPES.items():
+        for T in MANY_ROWS:
+            yield Case(
+                kernel=name,
+                shape=f"{model}, {T} rows",
+                make=partial(_gate_arguments, T, F, D),
+                variants={
+                    "kernel": module.many_row_gated,
+                    "xla": few_row_linear.gated_reference,
+                },
+                work=Work(2 * (2 * F * D + T * D + T * F), 4 * T * F * D),
+            )
+
+
+def _gate_arguments(T: int, F: int, D: int, key: jax.Array) -> tuple[jax.Array, ...]:
+    return _product_arguments(2, T, F, D, True, key)[:2]
 
 
 def _rotate(name: str, module: ModuleType) -> Iterator[Case]:
@@ -155,6 +175,7 @@ def _product(
 
 MAKERS: dict[str, Callable[[str, ModuleType], Iterator[Case]]] = {
     "few_row_linear": _products,
+    "many_row_gated": _gates,
     "paged_decode": decode_cases,
     "paged_decode_triton": decode_cases,
     "ragged_extend": extend_cases,
