@@ -11,7 +11,7 @@ from typing import TypeVar
 import llguidance
 import numpy as np
 
-from jaxengine.matcher import Matcher, Vocabulary, check_mask
+from jaxengine.matcher import Grammar, Matcher, Vocabulary, check_mask
 from jaxengine.sampling_params import GrammarSpec
 from jaxengine.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 
 
 class GrammarCompiler:
-    """Matchers for a model's tokens. Methods may be called from any thread.
+    """Grammars for a model's tokens. Methods may be called from any thread.
 
     Args:
         tokenizer: None where the engine has none; every grammar is refused then.
@@ -66,11 +66,11 @@ class GrammarCompiler:
         self._seconds = seconds
         self._workers = ThreadPoolExecutor(NUM_THREADS, "jaxengine-grammar")
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[GrammarSpec, Future[Matcher]] = OrderedDict()
+        self._compiled: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
         self._vocabulary: Future[Vocabulary] | None = None
 
-    def compile(self, spec: GrammarSpec) -> Future[Matcher]:
-        """A matcher at the beginning, to be cloned for each completion.
+    def compile(self, spec: GrammarSpec) -> Future[Grammar]:
+        """What the matcher of each completion begins with.
 
         All who ask for the same share the future: it is not to be cancelled. Its error is a
         ValueError that names the field. Raises ValueError where there is no tokenizer.
@@ -108,15 +108,17 @@ class GrammarCompiler:
         if len(matchers) != len(out):
             raise ValueError(f"matchers: expected one for each of {len(out)} rows")
         out[[i for i, matcher in enumerate(matchers) if matcher is None]] = -1
-        rows = [(matcher.inner, i) for i, matcher in enumerate(matchers) if matcher is not None]
+        rows = [(matcher, i) for i, matcher in enumerate(matchers) if matcher is not None]
         if rows:
+            rows.sort(key=lambda row: row[0].lexer)  # neighbours go to the same thread
+            rows = [(matcher.inner, i) for matcher, i in rows]
             self._fillers.unsafe_compute_mask_ptr(rows, out.ctypes.data, out[0].nbytes, len(out))
 
     @cached_property
     def _fillers(self) -> llguidance.LLExecutor:
         return llguidance.LLExecutor(num_threads=MASK_THREADS)
 
-    def _compile(self, spec: GrammarSpec, vocabulary: Future[Vocabulary]) -> Matcher:
+    def _compile(self, spec: GrammarSpec, vocabulary: Future[Vocabulary]) -> Grammar:
         try:
             tokens = vocabulary.result()
             return _within(self._seconds, lambda: tokens.compile(spec))
