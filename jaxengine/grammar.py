@@ -1,6 +1,7 @@
 """Compiles grammars of completions beside the engine's thread, and fills the masks of many rows at
 once. It knows neither arrays on a device nor requests."""
 
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +17,8 @@ from jaxengine.sampling_params import GrammarSpec
 from jaxengine.tokenizer import Tokenizer
 
 NUM_THREADS = 4
-MASK_THREADS = 4  # that fill masks; with more the median batch takes longer, for want of work
+MASK_THREADS = 4  # that fill masks: few batches have work for more
+MIN_BESIDE = 8  # masks that are worth another thread; one takes about ten microseconds
 
 SECONDS = 10.0
 """What compiling may take. llguidance's limits bound nearly everything far below."""
@@ -65,6 +67,7 @@ class GrammarCompiler:
         )
         self._seconds = seconds
         self._workers = ThreadPoolExecutor(NUM_THREADS, "jaxengine-grammar")
+        self._beside = ThreadPoolExecutor(1, "jaxengine-masks")
         self._lock = threading.Lock()
         self._compiled: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
         self._vocabulary: Future[Vocabulary] | None = None
@@ -97,6 +100,25 @@ class GrammarCompiler:
     def close(self) -> None:
         """Compile nothing any more, without waiting for what is on its way."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self._beside.shutdown(wait=False)
+
+    def begin_masks(self, matchers: Sequence[Matcher | None], out: np.ndarray) -> Future[None]:
+        """`fill_masks` while the caller goes on, who must leave all of them alone until it has
+        ended."""
+        if len(matchers) - matchers.count(None) < MIN_BESIDE:
+            self.fill_masks(matchers, out)
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+        began: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def fill() -> None:
+            began.put(None)
+            self.fill_masks(matchers, out)
+
+        filled = self._beside.submit(fill)
+        began.get()  # so that thread is let run, until it needs no interpreter
+        return filled
 
     def fill_masks(self, matchers: Sequence[Matcher | None], out: np.ndarray) -> None:
         """Write the mask of each row's next token over `out`, int32 [B, ceil(V / 32)].

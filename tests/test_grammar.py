@@ -236,6 +236,20 @@ def test_completions_of_a_grammar_take_turns_with_its_lexers(
             each.accept(allowed(out[0])[0])
 
 
+@pytest.mark.parametrize("least", [1, 100])
+def test_masks_are_the_same_filled_beside(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    monkeypatch.setattr(grammar, "MIN_BESIDE", least)
+    matchers = [_compiled(compiler, *DIGITS), None, _compiled(compiler, "regex", "[a-z]")]
+    out, expected = (np.zeros((3, -(-V // 32)), np.int32) for _ in range(2))
+    assert compiler.begin_masks(matchers, out).result(60) is None
+    compiler.fill_masks(matchers, expected)
+    assert (out == expected).all()
+    with pytest.raises(ValueError, match="one for each of 2 rows"):
+        compiler.begin_masks(matchers, out[:2]).result(60)
+
+
 def test_masks_that_cannot_be_written_are_refused(compiler: GrammarCompiler) -> None:
     matcher, words = _compiled(compiler, *DIGITS), -(-V // 32)
     wrong = [np.zeros(words, np.int64), np.zeros((words, 2), np.int32)[:, 0]]
