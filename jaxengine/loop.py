@@ -5,7 +5,6 @@ for the host; the plain loop beside it does one thing after the other and gives 
 Everything that changes the scheduler happens on this thread: others leave their calls in its inbox.
 """
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,7 @@ from jaxengine.booking import (
     read_reason,
 )
 from jaxengine.hidden_states import Gathered, Launch, WantedStates
+from jaxengine.inbox import Inbox
 from jaxengine.logprobs import Told
 from jaxengine.pausing import BeginMasks, Pause
 from jaxengine.request import Request, Status
@@ -79,7 +79,7 @@ class Loop:
         self._states = Gathered()
         self._window = (self.last_step_time, 0)  # start of the present second, tokens by then
         self._live: dict[str, Request] = {}
-        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._is_stopping = self._has_ended = False
         self._thread = threading.Thread(target=self._main, name="jaxengine", daemon=True)
 
@@ -90,10 +90,9 @@ class Loop:
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Runs `function` on the loop's thread between two steps."""
-        future: Future = Future()
-        self._inbox.put((function, future))
+        future = self._inbox.put(function)
         if not self.is_alive:  # nobody else will answer
-            self._drain_inbox()
+            self._inbox.refuse(self.refusal)
         return future
 
     def add(self, requests: Iterable[Request]) -> Future:
@@ -184,21 +183,10 @@ class Loop:
         """Answers the inbox, waiting for a first call where there is nothing else to do; False at
         the end."""
         while not self._is_stopping:
-            try:
-                function, future = self._inbox.get(block=can_wait)
-            except queue.Empty:
+            if not self._inbox.answer(can_wait):
                 return True
-            self._answer(function, future)
             can_wait = can_wait and self.scheduler.rests
         return False
-
-    def _answer(self, function: Callable[[], Any], future: Future) -> None:
-        if not future.set_running_or_notify_cancel():  # whoever called was cancelled meanwhile
-            return
-        try:
-            future.set_result(function())
-        except Exception as error:  # the caller's error, raised where it waits; the loop goes on
-            future.set_exception(error)
 
     def _deliver(self, plan: StepPlan, submitted: Any) -> None:
         drawn = self.runner.collect(submitted)
@@ -317,16 +305,7 @@ class Loop:
                 self._on_end()
         finally:
             self._has_ended = True  # before the last look: what comes later is answered by `call`
-            self._drain_inbox()
-
-    def _drain_inbox(self) -> None:
-        while True:
-            try:
-                _, future = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            if future.set_running_or_notify_cancel():
-                future.set_exception(self.refusal())
+            self._inbox.refuse(self.refusal)
 
     def refusal(self) -> RuntimeError:
         """Why a loop that has ended takes no more requests."""
