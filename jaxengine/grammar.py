@@ -1,6 +1,7 @@
 """Compiles grammars of completions beside the engine's thread, and fills the masks of many rows at
 once. It knows neither arrays on a device nor requests."""
 
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -11,12 +12,13 @@ from typing import TypeVar
 import llguidance
 import numpy as np
 
-from jaxengine.matcher import Matcher, Vocabulary, check_mask
+from jaxengine.matcher import Grammar, Matcher, Vocabulary, check_mask
 from jaxengine.sampling_params import GrammarSpec
 from jaxengine.tokenizer import Tokenizer
 
 NUM_THREADS = 4
-MASK_THREADS = 4  # that fill masks; with more the median batch takes longer, for want of work
+MASK_THREADS = 4  # that fill masks: few batches have work for more
+MIN_BESIDE = 8  # masks that are worth another thread; one takes about ten microseconds
 
 SECONDS = 10.0
 """What compiling may take. llguidance's limits bound nearly everything far below."""
@@ -34,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class GrammarCompiler:
-    """Matchers for a model's tokens. Methods may be called from any thread.
+    """Grammars for a model's tokens. Methods may be called from any thread.
 
     Args:
         tokenizer: None where the engine has none; every grammar is refused then.
@@ -65,12 +67,13 @@ class GrammarCompiler:
         )
         self._seconds = seconds
         self._workers = ThreadPoolExecutor(NUM_THREADS, "jaxengine-grammar")
+        self._beside = ThreadPoolExecutor(1, "jaxengine-masks")
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[GrammarSpec, Future[Matcher]] = OrderedDict()
+        self._compiled: OrderedDict[GrammarSpec, Future[Grammar]] = OrderedDict()
         self._vocabulary: Future[Vocabulary] | None = None
 
-    def compile(self, spec: GrammarSpec) -> Future[Matcher]:
-        """A matcher at the beginning, to be cloned for each completion.
+    def compile(self, spec: GrammarSpec) -> Future[Grammar]:
+        """What the matcher of each completion begins with.
 
         All who ask for the same share the future: it is not to be cancelled. Its error is a
         ValueError that names the field. Raises ValueError where there is no tokenizer.
@@ -97,6 +100,25 @@ class GrammarCompiler:
     def close(self) -> None:
         """Compile nothing any more, without waiting for what is on its way."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self._beside.shutdown(wait=False)
+
+    def begin_masks(self, matchers: Sequence[Matcher | None], out: np.ndarray) -> Future[None]:
+        """`fill_masks` while the caller goes on, who must leave all of them alone until it has
+        ended."""
+        if len(matchers) - matchers.count(None) < MIN_BESIDE:
+            self.fill_masks(matchers, out)
+            done: Future[None] = Future()
+            done.set_result(None)
+            return done
+        began: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def fill() -> None:
+            began.put(None)
+            self.fill_masks(matchers, out)
+
+        filled = self._beside.submit(fill)
+        began.get()  # so that thread is let run, until it needs no interpreter
+        return filled
 
     def fill_masks(self, matchers: Sequence[Matcher | None], out: np.ndarray) -> None:
         """Write the mask of each row's next token over `out`, int32 [B, ceil(V / 32)].
@@ -108,15 +130,17 @@ class GrammarCompiler:
         if len(matchers) != len(out):
             raise ValueError(f"matchers: expected one for each of {len(out)} rows")
         out[[i for i, matcher in enumerate(matchers) if matcher is None]] = -1
-        rows = [(matcher.inner, i) for i, matcher in enumerate(matchers) if matcher is not None]
+        rows = [(matcher, i) for i, matcher in enumerate(matchers) if matcher is not None]
         if rows:
+            rows.sort(key=lambda row: row[0].lexer)  # neighbours go to the same thread
+            rows = [(matcher.inner, i) for matcher, i in rows]
             self._fillers.unsafe_compute_mask_ptr(rows, out.ctypes.data, out[0].nbytes, len(out))
 
     @cached_property
     def _fillers(self) -> llguidance.LLExecutor:
         return llguidance.LLExecutor(num_threads=MASK_THREADS)
 
-    def _compile(self, spec: GrammarSpec, vocabulary: Future[Vocabulary]) -> Matcher:
+    def _compile(self, spec: GrammarSpec, vocabulary: Future[Vocabulary]) -> Grammar:
         try:
             tokens = vocabulary.result()
             return _within(self._seconds, lambda: tokens.compile(spec))

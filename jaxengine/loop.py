@@ -5,7 +5,6 @@ for the host; the plain loop beside it does one thing after the other and gives 
 Everything that changes the scheduler happens on this thread: others leave their calls in its inbox.
 """
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,15 +22,18 @@ from jaxengine.booking import (
     read_reason,
 )
 from jaxengine.hidden_states import Gathered, Launch, WantedStates
+from jaxengine.inbox import Inbox
 from jaxengine.logprobs import Told
-from jaxengine.pausing import FillMasks, finish_step
+from jaxengine.pausing import BeginMasks, Pause
 from jaxengine.request import Request, Status
 from jaxengine.scheduler import Scheduler
 from jaxengine.step_plan import Row, StepPlan
 
 
 class StepRunner(Protocol):
-    def submit(self, plan: StepPlan, /) -> Any: ...
+    def pack(self, plan: StepPlan, /) -> Any: ...
+
+    def submit(self, plan: StepPlan, packed: Any, /) -> Any: ...
 
     def collect(self, submitted: Any, /) -> Sequence[Sequence[int]]: ...
 
@@ -55,7 +57,7 @@ class Loop:
         overlaps: bool = True,
         max_queued_requests: int | None = None,
         weight_version: str = "default",
-        fill_masks: FillMasks | None = None,
+        begin_masks: BeginMasks | None = None,
         on_start: Callable[[], None] | None = None,
         on_end: Callable[[], None] | None = None,
     ):
@@ -70,14 +72,14 @@ class Loop:
         self.last_step_time = time.monotonic()
         self.throughput = 0.0  # output tokens per second, over the last second of steps
         self._overlaps = overlaps
-        self._fill_masks = fill_masks
+        self._begin_masks = begin_masks
         self._max_queued_requests = max_queued_requests
         self._on_start = on_start
         self._on_end = on_end
         self._states = Gathered()
         self._window = (self.last_step_time, 0)  # start of the present second, tokens by then
         self._live: dict[str, Request] = {}
-        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._is_stopping = self._has_ended = False
         self._thread = threading.Thread(target=self._main, name="jaxengine", daemon=True)
 
@@ -88,10 +90,9 @@ class Loop:
 
     def call(self, function: Callable[[], Any]) -> Future:
         """Runs `function` on the loop's thread between two steps."""
-        future: Future = Future()
-        self._inbox.put((function, future))
+        future = self._inbox.put(function)
         if not self.is_alive:  # nobody else will answer
-            self._drain_inbox()
+            self._inbox.refuse(self.refusal)
         return future
 
     def add(self, requests: Iterable[Request]) -> Future:
@@ -155,44 +156,37 @@ class Loop:
         while self._receive(can_wait=self.scheduler.rests):
             plan = self.scheduler.schedule()
             if plan is not None:
-                self._deliver(plan, self._whole(plan, self.runner.submit(plan)))
+                submitted = self.runner.submit(plan, self.runner.pack(plan))
+                pause = self._pause(plan, submitted)
+                self._deliver(plan, submitted if pause is None else pause.end())
 
     def _run_overlapped(self) -> None:
         flying: tuple[StepPlan, Any] | None = None
         while self._receive(can_wait=flying is None and self.scheduler.rests):
+            pause = None if flying is None else self._pause(*flying)
             plan = self.scheduler.schedule()
-            if flying is not None:  # what pauses goes on now, so that the next is right behind it
-                flying = flying[0], self._whole(*flying)
-            submitted = (plan, self.runner.submit(plan)) if plan is not None else None
+            packed = None if plan is None else self.runner.pack(plan)
+            if flying is not None and pause is not None:  # and the next one is right behind it
+                flying = flying[0], pause.end()
+            submitted = None if plan is None else (plan, self.runner.submit(plan, packed))
             if flying is not None:
                 self._deliver(*flying)
             flying = submitted
 
-    def _whole(self, plan: StepPlan, submitted: Any) -> Any:
-        """A step that pauses for the host goes on: all tokens before it are known now."""
+    def _pause(self, plan: StepPlan, submitted: Any) -> Pause | None:
+        """The host's say in a step: all tokens before it are known now."""
         if not plan.pauses:
-            return submitted
-        return finish_step(self.runner, plan, submitted, self._fill_masks, self._fail)
+            return None
+        return Pause(self.runner, plan, submitted, self._begin_masks, self._fail)
 
     def _receive(self, can_wait: bool) -> bool:
         """Answers the inbox, waiting for a first call where there is nothing else to do; False at
         the end."""
         while not self._is_stopping:
-            try:
-                function, future = self._inbox.get(block=can_wait)
-            except queue.Empty:
+            if not self._inbox.answer(can_wait):
                 return True
-            self._answer(function, future)
             can_wait = can_wait and self.scheduler.rests
         return False
-
-    def _answer(self, function: Callable[[], Any], future: Future) -> None:
-        if not future.set_running_or_notify_cancel():  # whoever called was cancelled meanwhile
-            return
-        try:
-            future.set_result(function())
-        except Exception as error:  # the caller's error, raised where it waits; the loop goes on
-            future.set_exception(error)
 
     def _deliver(self, plan: StepPlan, submitted: Any) -> None:
         drawn = self.runner.collect(submitted)
@@ -311,16 +305,7 @@ class Loop:
                 self._on_end()
         finally:
             self._has_ended = True  # before the last look: what comes later is answered by `call`
-            self._drain_inbox()
-
-    def _drain_inbox(self) -> None:
-        while True:
-            try:
-                _, future = self._inbox.get_nowait()
-            except queue.Empty:
-                return
-            if future.set_running_or_notify_cancel():
-                future.set_exception(self.refusal())
+            self._inbox.refuse(self.refusal)
 
     def refusal(self) -> RuntimeError:
         """Why a loop that has ended takes no more requests."""

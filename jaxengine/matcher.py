@@ -5,7 +5,11 @@ A mask has a bit for each token of the model: token i is bit i % 32 of word i //
 that is set.
 """
 
-from collections.abc import Collection, Mapping
+import itertools
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import llguidance
@@ -24,16 +28,20 @@ LIMITS = llguidance.LLParserLimits(
     verbose_errors=False,
 )
 
+NUM_LEXERS = 8  # of a grammar, twice as many as threads that fill masks: they take turns
+LEXER_SECONDS = 0.1  # that making more than one may take
+
 
 class Matcher:
     """Follows one completion. A token that does not fit and a limit that is hit end in `error`."""
 
-    def __init__(self, inner: llguidance.LLMatcher):
+    def __init__(self, inner: llguidance.LLMatcher, lexer: int = 0):
         self.inner = inner
+        self.lexer = lexer  # which one of its grammar; it serves one matcher at a time
 
     def clone(self) -> "Matcher":
-        """Another one at the same place; takes microseconds."""
-        return Matcher(self.inner.deep_copy())
+        """Another one at the same place, with the same lexer; takes microseconds."""
+        return Matcher(self.inner.deep_copy(), self.lexer)
 
     def accept(self, token: int) -> None:
         """Go on by one token, which the mask allowed."""
@@ -57,6 +65,25 @@ class Matcher:
     def forced_tokens(self) -> list[int]:
         """The tokens that have to come next; none where there is a choice."""
         return self.inner.compute_ff_tokens()
+
+
+class Grammar:
+    """A compiled one: matchers at its beginning, each with a lexer of its own. Only so are masks of
+    many completions filled side by side: llguidance locks a lexer, and clones share it."""
+
+    def __init__(self, first: Matcher, make: Callable[[int], Matcher], num_lexers: int):
+        self._matchers, self._make, self._num_lexers = [first], make, num_lexers
+        self._turns = itertools.count()
+        self._lock = threading.Lock()
+
+    def begin(self) -> Matcher:
+        """A matcher for one more completion; takes microseconds, but for the first few, each of
+        which makes a lexer. Thread-safe."""
+        lexer = next(self._turns) % self._num_lexers
+        with self._lock:
+            while len(self._matchers) <= lexer:
+                self._matchers.append(self._make(len(self._matchers)))
+        return self._matchers[lexer].clone()
 
 
 class Vocabulary:
@@ -93,15 +120,20 @@ class Vocabulary:
             in_text=frozenset(token for token, content in added.items() if not content.special),
         )
 
-    def compile(self, spec: GrammarSpec) -> Matcher:
-        """A matcher at the beginning. Raises ValueError with the reason, not with the field."""
-        matcher = llguidance.LLMatcher(
-            self._tokenizer, self._grammar(spec), log_level=0, limits=LIMITS
-        )
-        matcher.compute_bitmask()  # finds that nothing matches, and what is slow is done here
-        if matcher.is_error():
-            raise ValueError(_reason(matcher))
-        return Matcher(matcher)
+    def compile(self, spec: GrammarSpec) -> Grammar:
+        """Raises ValueError with the reason, not with the field."""
+        text, started = self._grammar(spec), time.monotonic()
+        first = self._matcher(text)
+        if first.error is not None:
+            raise ValueError(first.error)
+        seconds = time.monotonic() - started
+        num_lexers = min(NUM_LEXERS, 1 + int(LEXER_SECONDS / max(seconds, 1e-6)))
+        return Grammar(first, partial(self._matcher, text), num_lexers)
+
+    def _matcher(self, text: str, lexer: int = 0) -> Matcher:
+        inner = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=LIMITS)
+        inner.compute_bitmask()  # finds that nothing matches, and what is slow is done here
+        return Matcher(inner, lexer)
 
     def _grammar(self, spec: GrammarSpec) -> str:
         from_lark = llguidance.LLMatcher.grammar_from_lark

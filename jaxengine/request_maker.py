@@ -63,7 +63,7 @@ class RequestMaker:
         if stream:
             request.stream_interval = sampling.stream_interval or started.args.stream_interval
         if sampling.grammar is not None:
-            request.matcher = started.grammars.compile(sampling.grammar).result().clone()
+            request.matcher = started.grammars.compile(sampling.grammar).result().begin()
             request.skips_forced = self._skips_forced(request)
         if sampling.stop or sampling.stop_regex:
             if started.tokenizer is None:

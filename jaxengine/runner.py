@@ -28,6 +28,14 @@ from jaxengine.step_programs import INSTALL, StepPrograms
 from jaxengine.variants import Variants
 
 
+class Packed(NamedTuple):
+    """A plan as a program takes it."""
+
+    bucket: Bucket
+    variant: Variant
+    rows: np.ndarray
+
+
 class Paused(NamedTuple):
     """A plan whose tokens are yet to be drawn."""
 
@@ -52,6 +60,7 @@ class Runner:
         self._params = tuple(jax.tree.leaves(params))
         self._install = executables[INSTALL]
         self._logits: dict[int, jax.Array] = {}  # of steps that pause, by their number of rows
+        self._masks: dict[int, np.ndarray] = {}  # likewise
         self._steps: dict[Bucket, Any] = {
             key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
         }
@@ -68,24 +77,32 @@ class Runner:
         self._annotation = launch_annotations()
         self._warm_up()
 
-    def submit(self, plan: StepPlan) -> Outputs | Paused:
-        """Starts a step; what it tells is on its way to the host when `collect` asks for it."""
-        self._save(plan.retracted)
-        self._admit(plan.admitted)
+    def pack(self, plan: StepPlan) -> Packed:
+        """What `submit` takes beside a plan; made of the plan alone."""
         part = "read" if plan.pauses else self._plain.part
         variant = Variant(part, plan.wanted, plan.states)
         bucket = self._bucket(plan, variant)
-        rows = pack(plan, bucket, variant, self._num_slots)
+        return Packed(bucket, variant, pack(plan, bucket, variant, self._num_slots))
+
+    def submit(self, plan: StepPlan, packed: Packed) -> Outputs | Paused:
+        """Starts a step; what it tells is on its way to the host when `collect` asks for it."""
+        self._save(plan.retracted)
+        self._admit(plan.admitted)
+        bucket, variant, rows = packed
         with self._annotation(plan):
             made = self._run(bucket, rows, variant)
         if not plan.pauses:
             return _sent(made[0])
         return Paused(rows[: bucket.num_rows], variant, *made)
 
-    def everything(self, paused: Paused) -> np.ndarray:
-        """Packed bits `[B, words]` that allow every row of a paused plan every token; the rows of
-        the plan come first."""
-        return everything(len(paused.rows), self._programs.vocab_size)
+    def masks(self, paused: Paused) -> np.ndarray:
+        """Packed bits `[B, words]` of what a paused plan may draw, to be written over; the rows of
+        the plan come first. Always the same memory for so many rows: nobody reads it any more, as
+        the tokens of plans before, which were drawn with it, are collected by then."""
+        num_rows = len(paused.rows)
+        if num_rows not in self._masks:
+            self._masks[num_rows] = everything(num_rows, self._programs.vocab_size)
+        return self._masks[num_rows]
 
     def adjust(self, paused: Paused, masks: np.ndarray) -> np.ndarray:
         """The logits `[B, V]` of a paused plan after the engine's own adjustments, for the tokens

@@ -131,7 +131,7 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
         overlaps=not args.disable_overlap_schedule,
         max_queued_requests=args.max_queued_requests,
         weight_version=args.weight_version,
-        fill_masks=grammars.fill_masks,
+        begin_masks=grammars.begin_masks,
         on_start=counter.start,
         on_end=end,
     )

@@ -91,7 +91,10 @@ class FakeRunner:
         self.broken_rids: set[str] = set()  # requests whose logits are no numbers from now on
         self.is_closed = False
 
-    def submit(self, plan: StepPlan) -> list[list[int]]:
+    def pack(self, plan: StepPlan) -> None:
+        return None
+
+    def submit(self, plan: StepPlan, packed: None = None) -> list[list[int]]:
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots), "two rows of a step have the same slot"
         starts = {row.request.rid: row.write_start for row in plan.rows}

@@ -297,7 +297,10 @@ class FakeRunner:
     def __init__(self, clock: FakeClock):
         self.clock, self.free, self.closed = clock, 0.0, False
 
-    def submit(self, plan: Any) -> tuple[FakeStep, None]:
+    def pack(self, plan: Any) -> None:
+        return None
+
+    def submit(self, plan: Any, packed: None = None) -> tuple[FakeStep, None]:
         self.clock.now += 1
         self.free = max(self.free, self.clock.now) + 10
         return FakeStep(self.clock, self.free), None

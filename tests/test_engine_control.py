@@ -25,9 +25,9 @@ def test_of_prompts_that_come_at_once_those_with_the_longest_output_begin_first(
     runner = demo_engine._loop.runner
     submit, begun = runner.submit, []
 
-    def watching(plan):
+    def watching(plan, packed):
         begun.extend(request.rid for request in plan.admitted)
-        return submit(plan)
+        return submit(plan, packed)
 
     runner.submit = watching
     lengths = [2, 9, 4, 9]

@@ -54,7 +54,7 @@ class KeptOpen:
     """A runner that outlives its loop, so that all variants share one compilation."""
 
     def __init__(self, runner: Any):
-        self.submit, self.collect = runner.submit, runner.collect
+        self.pack, self.submit, self.collect = runner.pack, runner.submit, runner.collect
         self.collect_logprobs, self.collect_states = runner.collect_logprobs, runner.collect_states
         self.collect_embeddings = runner.collect_embeddings
 

@@ -20,7 +20,7 @@ def test_a_step_that_fails_is_told_to_all_who_wait_and_all_who_come(make_engine)
     engine = make_engine()
     cause = RuntimeError("boom")
 
-    def fail(plan: Any) -> Any:
+    def fail(plan: Any, packed: Any) -> Any:
         raise cause
 
     stream = engine.generate(input_ids=[1], sampling_params=LONG, stream=True)
@@ -76,9 +76,9 @@ def test_numbers_that_fail_later_keep_the_tokens_before(make_engine):
     submit, collect, count = runner.submit, runner.collect, 0
     plans = deque()  # collected in the order in which they were submitted
 
-    def counting(plan: Any) -> Any:
+    def counting(plan: Any, packed: Any) -> Any:
         plans.append(plan)
-        return submit(plan)
+        return submit(plan, packed)
 
     def failing(told: Any) -> list[list[int]]:
         nonlocal count

@@ -20,7 +20,7 @@ from tiny_tokenizers import byte_level, with_byte_fallback
 
 from jaxengine import grammar
 from jaxengine.grammar import GrammarCompiler
-from jaxengine.matcher import Matcher, Vocabulary
+from jaxengine.matcher import NUM_LEXERS, Grammar, Matcher, Vocabulary
 from jaxengine.sampling_params import GrammarSpec
 from jaxengine.tokenizer import load_tokenizer
 
@@ -48,7 +48,7 @@ def compiler() -> Iterator[GrammarCompiler]:
 
 def _compiled(compiler: GrammarCompiler, field: str, text: Any) -> Matcher:
     text = text if isinstance(text, str) else json.dumps(text)
-    return compiler.compile(GrammarSpec(field, text)).result(60).clone()
+    return compiler.compile(GrammarSpec(field, text)).result(60).begin()
 
 
 def _expression(pattern: str) -> Reading:
@@ -218,6 +218,38 @@ def test_masks_of_many_rows_are_those_of_each(compiler: GrammarCompiler) -> None
             assert allowed(row) == mask_of(matcher, V) and max(allowed(row)) < len(TOKENIZER)
 
 
+@pytest.mark.parametrize(("seconds", "count"), [(60.0, NUM_LEXERS), (0.0, 1)])
+def test_completions_of_a_grammar_take_turns_with_its_lexers(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, seconds: float, count: int
+) -> None:
+    """Where that does not take long; they allow the same."""
+    monkeypatch.setattr("jaxengine.matcher.LEXER_SECONDS", seconds)
+    found = compiler.compile(GrammarSpec("regex", f"[a-z]{{2,{count + 2}}}")).result(60)
+    matchers = [found.begin() for _ in range(2 * count)]
+    assert [each.lexer for each in matchers] == [*range(count), *range(count)]
+    assert all(each.clone().lexer == each.lexer for each in matchers)
+    out = np.zeros((len(matchers), -(-V // 32)), np.int32)
+    for _ in range(2):
+        compiler.fill_masks(matchers, out)
+        assert (out == out[0]).all() and out.any()
+        for each in matchers:
+            each.accept(allowed(out[0])[0])
+
+
+@pytest.mark.parametrize("least", [1, 100])
+def test_masks_are_the_same_filled_beside(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    monkeypatch.setattr(grammar, "MIN_BESIDE", least)
+    matchers = [_compiled(compiler, *DIGITS), None, _compiled(compiler, "regex", "[a-z]")]
+    out, expected = (np.zeros((3, -(-V // 32)), np.int32) for _ in range(2))
+    assert compiler.begin_masks(matchers, out).result(60) is None
+    compiler.fill_masks(matchers, expected)
+    assert (out == expected).all()
+    with pytest.raises(ValueError, match="one for each of 2 rows"):
+        compiler.begin_masks(matchers, out[:2]).result(60)
+
+
 def test_masks_that_cannot_be_written_are_refused(compiler: GrammarCompiler) -> None:
     matcher, words = _compiled(compiler, *DIGITS), -(-V // 32)
     wrong = [np.zeros(words, np.int64), np.zeros((words, 2), np.int32)[:, 0]]
@@ -328,7 +360,7 @@ def test_a_heavy_grammar_works_or_fails_by_itself_and_in_time(
 def test_what_never_ends_is_given_up_and_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     release, compile_really = threading.Event(), Vocabulary.compile
 
-    def compile_slowly(self: Vocabulary, spec: GrammarSpec) -> Matcher:
+    def compile_slowly(self: Vocabulary, spec: GrammarSpec) -> Grammar:
         if spec.text == "never":
             release.wait(60)
         return compile_really(self, spec)
@@ -336,7 +368,7 @@ def test_what_never_ends_is_given_up_and_holds_up_nobody(monkeypatch: pytest.Mon
     monkeypatch.setattr(Vocabulary, "compile", compile_slowly)
     compiler = GrammarCompiler(TOKENIZER, V, EOS, seconds=1.0)
     stuck = compiler.compile(GrammarSpec("regex", "never"))
-    assert compiler.compile(DIGITS).result(60).error is None
+    assert compiler.compile(DIGITS).result(60).begin().error is None
     with pytest.raises(ValueError, match="^regex: compiling it took more than 1.0 s"):
         stuck.result(60)
     assert compiler.compile(GrammarSpec("regex", "never")) is stuck  # not tried again
@@ -352,7 +384,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[GrammarSpec]:
     """What has been compiled since."""
     specs, compile_really = list[GrammarSpec](), Vocabulary.compile
 
-    def compile_and_note(self: Vocabulary, spec: GrammarSpec) -> Matcher:
+    def compile_and_note(self: Vocabulary, spec: GrammarSpec) -> Grammar:
         specs.append(spec)
         return compile_really(self, spec)
 

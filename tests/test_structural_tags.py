@@ -43,7 +43,7 @@ def _reads_tag(text: str) -> tuple[bool, bool]:
 
 
 def _compiled(vocabulary: Vocabulary, tag: Any) -> Matcher:
-    return vocabulary.compile(GrammarSpec("structural_tag", json.dumps(tag)))
+    return vocabulary.compile(GrammarSpec("structural_tag", json.dumps(tag))).begin()
 
 
 @pytest.mark.parametrize(

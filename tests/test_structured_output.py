@@ -174,7 +174,7 @@ def check_every_choice(engine: jaxengine.Engine, prompt: str, result: Any, param
     ids, prompt_ids = result["output_ids"], engine.tokenizer.encode(prompt)
     vocab_size = engine._started.limits.vocab_size
     matcher = (
-        engine._started.grammars.compile(GrammarSpec("regex", params["regex"])).result().clone()
+        engine._started.grammars.compile(GrammarSpec("regex", params["regex"])).result().begin()
     )
     mask = np.zeros(num_words(vocab_size), np.int32)
     asked, forced = [], matcher.forced_tokens()

@@ -41,9 +41,9 @@ class Probe:
         self._first: float | None = None
         self._last = 0.0
 
-    def submit(self, plan: Any) -> Any:
+    def submit(self, plan: Any, *packed: Any) -> Any:
         self._look()
-        submitted = self._runner.submit(plan)
+        submitted = self._runner.submit(plan, *packed)
         self._look()
         self._newest, self._seen = submitted, self._last
         self._num_launches += 1

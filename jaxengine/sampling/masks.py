@@ -17,11 +17,10 @@ def everything(num_rows: int, vocab_size: int) -> np.ndarray:
     return np.full((num_rows, num_words(vocab_size)), -1, np.int32)
 
 
-def only(token: int, num_words: int) -> np.ndarray:
-    """`[words]` int32, all bits clear but one."""
-    words = np.zeros(num_words, np.uint32)
-    words[token // BITS] = 1 << token % BITS
-    return words.view(np.int32)
+def write_only(token: int, words: np.ndarray) -> None:
+    """Clears all bits of `words`, int32, but that of one token."""
+    words.fill(0)
+    words.view(np.uint32)[token // BITS] = 1 << token % BITS
 
 
 def unpack(bits: Int32[Array, "B words"], vocab_size: int) -> Bool[Array, "B V"]:
