@@ -84,20 +84,17 @@ def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
 def fused_product(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any] | None:
     """The kernel for a product of a `few_row_linear_kernel.Shape`, gated if it is one of two
     weights; None: XLA's is to be taken."""
-    few_row, small_batch = _module("few_row_linear"), _module("small_batch_linear")
-    kind = "linear" if shape.M == 1 else "gated"
-    is_for_few = shape.B <= kernels.max_few_rows
-    fits_hopper = small_batch.unsupported(shape=shape, dtype=dtype) is None
-    fits_hopper = kernels.hopper_products and fits_hopper
-    if is_for_few and not (fits_hopper and few_row.is_large(shape, dtype)):
-        function = partial(
-            getattr(few_row, f"few_row_{kind}"), launches_early=kernels.launches_early
-        )
-    elif fits_hopper:
-        function = getattr(small_batch, f"small_batch_{kind}")
-    else:
+    name, how = "small_batch", {}
+    fits = kernels.hopper_products
+    fits = fits and _module("small_batch_linear").unsupported(shape=shape, dtype=dtype) is None
+    if shape.B <= kernels.max_few_rows:
+        if not (fits and _module("few_row_linear").is_large(shape, dtype)):
+            name, how = "few_row", dict(launches_early=kernels.launches_early)
+    elif not fits:
         return None
-    return partial(function, interpret=kernels.interpret)
+    kind = "linear" if shape.M == 1 else "gated"
+    function = getattr(_module(f"{name}_linear"), f"{name}_{kind}")
+    return partial(function, interpret=kernels.interpret, **how)
 
 
 def many_row_gated(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any] | None:

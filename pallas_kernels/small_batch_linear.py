@@ -7,7 +7,9 @@ after.
     n[b, d] = scale[d] x[b, d] / sqrt(mean_d x[b, d]^2 + eps), or x itself
 
 The same as `few_row_linear`, which multiplies one or two rows by plain arithmetic, and compared
-with the same references. The norm's divisor is one number a row and is applied to the sums.
+with the same references; of such few rows the large weights are for this kernel, which only copies
+where the other must multiply in time. The norm's divisor is one number a row and is applied to the
+sums.
 
 Time is that of reading the weight, 2 F D bytes, and for small models that of starting a kernel:
 hence one kernel where XLA has a norm, a product, a sum of its parts and a gate. Each block has
