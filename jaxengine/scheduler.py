@@ -13,16 +13,13 @@ by rows of the very step that writes them: a layer writes the K and V of all row
 from collections.abc import Sequence
 from typing import Any
 
+from jaxengine.growth import Growth
 from jaxengine.kv_pool import KVPool
+from jaxengine.next_row import next_row
 from jaxengine.prefix_tree import Node
 from jaxengine.request import Request, Status
-from jaxengine.step_plan import MAX_UNSENT, Row, StepPlan, states_of, wanted_of
+from jaxengine.step_plan import Row, StepPlan, states_of, wanted_of
 from jaxengine.waiting import WaitingQueue
-
-# Share of the output it is allowed that a request is expected to need: where the guess begins, how
-# it falls each step and how low, how a retraction raises it, and to how many tokens it applies.
-GROWTH_START, GROWTH_DECAY, GROWTH_FLOOR, GROWTH_RAISE = 0.7, 0.998, 0.1, 0.1
-GROWTH_MAX_TOKENS = 4096
 
 ADMISSION_GROUPS = 16  # a long queue is admitted by so many parts of the slots
 
@@ -62,8 +59,7 @@ class Scheduler:
         self._mixes_decode = mixes_decode
         self._decode_steps = decode_steps
         self._max_decode_rows = max_running_requests if max_decode_rows is None else max_decode_rows
-        self._growth = min(1.0, GROWTH_START * conservativeness)
-        self._growth_floor = min(1.0, GROWTH_FLOOR * conservativeness)
+        self._growth = Growth(page_size, conservativeness)
 
     # Queue
 
@@ -154,7 +150,7 @@ class Scheduler:
             self._decode(rows, decoding, num_steps)
         if not rows:
             return None
-        self._growth = max(self._growth_floor, self._growth * GROWTH_DECAY**num_steps)
+        self._growth.fall(num_steps)
         return self._plan(rows, admitted, num_steps)
 
     def _plan(self, rows: list[Row], admitted: list[Request], num_steps: int) -> StepPlan:
@@ -187,49 +183,19 @@ class Scheduler:
         return self._decode_steps if min(shortest, at_once) >= self._decode_steps else 1
 
     def _decode(self, rows: list[Row], requests: Sequence[Request], num_steps: int) -> None:
-        rows.extend(self._row(request, 1, num_steps) for request in requests[: self._chunk_size])
+        chosen = requests[: self._chunk_size]
+        rows.extend(next_row(self.kv, request, 1, num_steps) for request in chosen)
 
     def _read(self, rows: list[Row], requests: Sequence[Request], budget: int) -> int:
         """Adds rows of prompts that are being read; returns what is left of `budget` tokens."""
         for request in requests:
             if budget:
                 # The last token of one in a group is read when all of that can draw.
-                rows.append(
-                    self._row(request, min(request.num_pending - bool(request.group), budget))
-                )
+                num_wanted = min(request.num_pending - bool(request.group), budget)
+                rows.append(next_row(self.kv, request, num_wanted))
                 budget -= rows[-1].query_len
                 self.kv.share(request)
         return budget
-
-    def _row(self, request: Request, query_len: int, num_steps: int = 1) -> Row:
-        """The next `query_len` tokens of a request, and the one that each further step draws and
-        reads; from here on they all count as computed."""
-        start, new_page, num_draws = request.num_computed, 0, 0
-        write_start = len(request.path) * self.kv.page_size  # nobody writes into the tree's pages
-        new_tokens: tuple[int, ...] = ()
-        if request.unsent:
-            query_len, new_tokens = self._take_unsent(request, query_len)
-        end = start + query_len
-        if end == request.length and request.max_new_tokens > 0:
-            num_draws = min(num_steps, request.num_to_compute - end + 1)
-            request.length += num_draws
-            end += num_draws - 1
-        request.num_computed = end
-        if end > len(request.pages) * self.kv.page_size:
-            new_page = self.kv.grow(request)
-        return Row(
-            request, request.slot, start, query_len, new_page, num_draws, write_start, new_tokens
-        )
-
-    def _take_unsent(self, request: Request, query_len: int) -> tuple[int, tuple[int, ...]]:
-        """How many tokens a row can read of those that are asked for, and those it brings along. It
-        has room for a few, and for one page that is not in its table."""
-        num_sent = request.length - len(request.unsent) - request.num_computed
-        query_len = min(query_len, num_sent + MAX_UNSENT, self.kv.page_size)
-        num_new = max(query_len - num_sent, 0)
-        new_tokens = tuple(request.unsent[:num_new])
-        del request.unsent[:num_new]
-        return query_len, new_tokens
 
     # Admission
 
@@ -245,7 +211,7 @@ class Scheduler:
         admitted: list[Request] = []
         if not self.num_waiting or self._holds_back:
             return admitted
-        reserve = sum(map(self._expected_pages, self.running))
+        reserve = self._growth.num_pages(self.running)
         has_room = not self.running or reserve < self.kv.num_available
         while has_room and budget and (window := self._waiting.take(self.kv.num_shared)):
             for group in window:
@@ -253,7 +219,7 @@ class Scheduler:
                 if has_room:
                     admitted += group
                     budget = self._begin(rows, group, budget)
-                    reserve += sum(map(self._expected_pages, group))
+                    reserve += self._growth.num_pages(group)
                 else:
                     self._waiting.put_back(group)
         return admitted
@@ -294,13 +260,8 @@ class Scheduler:
             return False  # some later step has room for all of it
         needed: float = self.kv.num_needed(group, paths)
         if self.running:  # alone it has the whole pool
-            needed += reserve + sum(map(self._expected_pages, group))
+            needed += reserve + self._growth.num_pages(group)
         return needed <= self.kv.num_available
-
-    def _expected_pages(self, request: Request) -> float:
-        """Pages a request will yet ask for, by guess: some share of the output it is allowed."""
-        num_tokens = min(request.num_to_compute - request.length, GROWTH_MAX_TOKENS)
-        return self._growth * max(num_tokens, 0) / self.kv.page_size
 
     # Retraction
 
@@ -322,7 +283,7 @@ class Scheduler:
             runnable[:] = [request for request in runnable if request not in mates]
             if runnable:
                 self._retract(last)
-                self._growth = min(1.0, self._growth + GROWTH_RAISE)
+                self._growth.rise()
                 has_retracted = True
         return has_retracted
 

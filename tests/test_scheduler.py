@@ -85,7 +85,7 @@ class Host:
     def submit(self) -> StepPlan | None:
         assert len(self.flying) <= 1, "the host runs one step ahead, not more"
         if not self.learns:
-            self.scheduler._growth = 0.0
+            self.scheduler._growth.share = 0.0
         plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
         if plan is not None:
