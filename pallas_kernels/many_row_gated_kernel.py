@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxengine.pallas_kernels.lowered_once import lowered_once
-from jaxengine.pallas_kernels.mosaic import interpreter
+from jaxengine.pallas_kernels.mosaic import warpgroup_kernel
 from jaxengine.pallas_kernels.ragged_extend_products import INTERPRETED, LAYOUT, TENSOR_CORES
 
 CONSUMERS = 2
@@ -129,18 +129,13 @@ def _kernel(
     def body(x: Any, weight: Any, out: Any, **own: Any) -> None:
         _run_warpgroup(Block(T, F, D, config, Memory(x, weight, out, **own), interpret))
 
-    return plgpu.kernel(
+    return warpgroup_kernel(
         body,
-        out_type=results,
-        scratch_types=scratch,
-        grid=(min(config.num_blocks, num_tiles(T, F, config)),),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-        interpret=interpreter() if interpret else False,
+        results=results,
+        scratch=scratch,
+        num_blocks=min(config.num_blocks, num_tiles(T, F, config)),
+        num_warpgroups=CONSUMERS + 1,
+        interpret=interpret,
     )
 
 

@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from jaxengine.pallas_kernels.lowered_once import LONGEST, lowered_once
-from jaxengine.pallas_kernels.mosaic import interpreter
+from jaxengine.pallas_kernels.mosaic import warpgroup_kernel
 from jaxengine.pallas_kernels.ragged_extend_consumer import Consumer
 from jaxengine.pallas_kernels.ragged_extend_producer import (
     CONSUMERS,
@@ -159,18 +159,13 @@ def _kernel(
             own[:1] = own[0]
         _run_warpgroup(shape, Refs(*given, *own), interpret)
 
-    return plgpu.kernel(
+    return warpgroup_kernel(
         body,
-        out_type=results,
-        scratch_types=[*both, ring, ring, each, each, full, free, full, free, each],
-        grid=(shape.blocks,),
-        grid_names=("block",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-        interpret=interpreter() if interpret else False,
+        results=results,
+        scratch=[*both, ring, ring, each, each, full, free, full, free, each],
+        num_blocks=shape.blocks,
+        num_warpgroups=CONSUMERS + 1,
+        interpret=interpret,
     )
 
 

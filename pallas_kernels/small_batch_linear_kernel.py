@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 from jaxengine.pallas_kernels.lowered_once import lowered_once
-from jaxengine.pallas_kernels.mosaic import interpreter
+from jaxengine.pallas_kernels.mosaic import warpgroup_kernel
 from jaxengine.pallas_kernels.small_batch_linear_consumer import consume
 from jaxengine.pallas_kernels.small_batch_linear_producer import (
     FEW_ROWS,
@@ -95,18 +95,13 @@ def _kernel(
         memory = Memory(**{name: given.get(name) for name in Memory._fields})
         _run_warpgroup(Block(shape, config, eps, memory, interpret))
 
-    return plgpu.kernel(
+    return warpgroup_kernel(
         body,
-        out_type=results,
-        scratch_types=scratch,
-        grid=(shape.F // config.tile_F,),
-        grid_names=("block",),
-        num_threads=config.consumers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-        interpret=interpreter() if interpret else False,
+        results=results,
+        scratch=scratch,
+        num_blocks=shape.F // config.tile_F,
+        num_warpgroups=config.consumers + 1,
+        interpret=interpret,
     )
 
 
