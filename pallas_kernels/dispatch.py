@@ -84,13 +84,16 @@ def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
 def fused_product(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any] | None:
     """The kernel for a product of a `few_row_linear_kernel.Shape`, gated if it is one of two
     weights; None: XLA's is to be taken."""
-    name, how = "small_batch", {}
-    fits = kernels.hopper_products
-    fits = fits and _module("small_batch_linear").unsupported(shape=shape, dtype=dtype) is None
-    if shape.B <= kernels.max_few_rows:
-        if not (fits and _module("few_row_linear").is_large(shape, dtype)):
-            name, how = "few_row", dict(launches_early=kernels.launches_early)
-    elif not fits:
+    fits_hopper = (
+        kernels.hopper_products
+        and _module("small_batch_linear").unsupported(shape=shape, dtype=dtype) is None
+    )
+    prefers_hopper = fits_hopper and _module("few_row_linear").is_large(shape, dtype)
+    if shape.B <= kernels.max_few_rows and not prefers_hopper:
+        name, how = "few_row", dict(launches_early=kernels.launches_early)
+    elif fits_hopper:
+        name, how = "small_batch", {}
+    else:
         return None
     kind = "linear" if shape.M == 1 else "gated"
     function = getattr(_module(f"{name}_linear"), f"{name}_{kind}")
