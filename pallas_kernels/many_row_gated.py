@@ -28,11 +28,10 @@ from jaxengine.pallas_kernels.many_row_gated_kernel import (
     gated_product,
     shared_memory,
 )
+from jaxengine.pallas_kernels.mosaic import BLOCKS, SHARED_MEMORY
 
-BLOCKS = 132  # multiprocessors of an H100 or H200
 MAX_TILE_F = 128  # of each weight: as many sums as registers hold
 TILE_OVERHEAD = 32  # what a tile takes beside its products, in outputs of each weight
-SHARED_MEMORY = 225 * 1024  # bytes of a block, barriers apart
 MAX_STAGES = 6
 
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxengine.pallas_kernels.lowered_once import lowered_once
-from jaxengine.pallas_kernels.mosaic import warpgroup_kernel
+from jaxengine.pallas_kernels.mosaic import FEW_REGISTERS, REGISTERS, warpgroup_kernel
 from jaxengine.pallas_kernels.ragged_extend_products import INTERPRETED, LAYOUT, TENSOR_CORES
 
 CONSUMERS = 2
@@ -25,7 +25,6 @@ ROWS = 64  # of a tensor core instruction
 BLOCK_ROWS = CONSUMERS * ROWS
 TILE_D = 64  # inputs of a slice
 GROUP = 16  # tiles of rows that go with a tile of outputs before the next
-REGISTERS, FEW_REGISTERS = 232, 40  # of a thread that computes, and of one that copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +113,6 @@ def _kernel(
     interpret: bool,
 ) -> Callable[..., tuple[jax.Array]]:
     """The call (x, weight [2 F, D]) -> out [T F]."""
-    stages, tile_F, dtype = config.stages, config.tile_F, results[0].dtype
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    scratch = dict(
-        x_tiles=plgpu.SMEM((stages, BLOCK_ROWS, TILE_D), dtype, transforms=tiled),
-        weight_tiles=plgpu.SMEM((stages, 2 * tile_F, TILE_D), dtype, transforms=tiled),
-        out_tiles=plgpu.SMEM(
-            (CONSUMERS, ROWS, tile_F), dtype, transforms=() if tile_F % 64 else tiled
-        ),
-        full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-        free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-    )
 
     def body(x: Any, weight: Any, out: Any, **own: Any) -> None:
         _run_warpgroup(Block(T, F, D, config, Memory(x, weight, out, **own), interpret))
@@ -132,10 +120,24 @@ def _kernel(
     return warpgroup_kernel(
         body,
         results=results,
-        scratch=scratch,
+        scratch=_scratch(config, results[0].dtype),
         num_blocks=min(config.num_blocks, num_tiles(T, F, config)),
         num_warpgroups=CONSUMERS + 1,
         interpret=interpret,
+    )
+
+
+def _scratch(config: Config, dtype: Any) -> dict[str, Any]:
+    """Shared memory and barriers, by the names of `Memory`."""
+    stages, tile_F = config.stages, config.tile_F
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    of_outputs = () if tile_F % 64 else tiled
+    return dict(
+        x_tiles=plgpu.SMEM((stages, BLOCK_ROWS, TILE_D), dtype, transforms=tiled),
+        weight_tiles=plgpu.SMEM((stages, 2 * tile_F, TILE_D), dtype, transforms=tiled),
+        out_tiles=plgpu.SMEM((CONSUMERS, ROWS, tile_F), dtype, transforms=of_outputs),
+        full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
     )
 
 

@@ -6,6 +6,10 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+BLOCKS = 132  # multiprocessors of an H100 or H200
+SHARED_MEMORY = 225 * 1024  # bytes of a block, barriers apart
+REGISTERS, FEW_REGISTERS = 232, 40  # of a thread that computes, and of one that copies
+
 
 def interpreter() -> Any:
     """What runs a kernel on a CPU: public since JAX 0.11."""

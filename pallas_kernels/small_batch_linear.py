@@ -29,11 +29,10 @@ from jaxtyping import Array, Float
 
 from jaxengine.pallas_kernels import few_row_linear
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
+from jaxengine.pallas_kernels.mosaic import BLOCKS, SHARED_MEMORY
 from jaxengine.pallas_kernels.small_batch_linear_kernel import fused_product, shared_memory
 from jaxengine.pallas_kernels.small_batch_linear_producer import FEW_ROWS, ROWS, Config
 
-BLOCKS = 132  # multiprocessors of an H100 or H200
-SHARED_MEMORY = 225 * 1024  # bytes of a block, barriers apart
 MAX_WIDTH = 256  # outputs of a block, those of both weights together: of a tensor core instruction
 MIN_STAGES, MAX_STAGES = 4, 8
 

@@ -72,10 +72,8 @@ def _rows(block: Block, slot: Any) -> Any:
         return x
     size = ROWS, block.config.tile_D
     each = [products.cast(x[b], LAYOUT.reduce(0)) for b in range(B)]
-    first, *others = (lax.broadcast_in_dim(row, size, [1]) for row in each)
-    for other in others:
-        first = jnp.where(products.iota(size, 0) % 2 == 0, first, other)
-    return first
+    spread = [lax.broadcast_in_dim(row, size, [1]) for row in each]
+    return spread[0] if B == 1 else jnp.where(products.iota(size, 0) % 2 == 0, *spread)
 
 
 def _finish(block: Block, sums: Sums) -> None:

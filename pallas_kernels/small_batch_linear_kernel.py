@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 from jaxengine.pallas_kernels.lowered_once import lowered_once
-from jaxengine.pallas_kernels.mosaic import warpgroup_kernel
+from jaxengine.pallas_kernels.mosaic import FEW_REGISTERS, REGISTERS, warpgroup_kernel
 from jaxengine.pallas_kernels.small_batch_linear_consumer import consume
 from jaxengine.pallas_kernels.small_batch_linear_producer import (
     FEW_ROWS,
@@ -34,8 +34,6 @@ from jaxengine.pallas_kernels.small_batch_linear_producer import (
     Memory,
     produce,
 )
-
-REGISTERS, FEW_REGISTERS = 232, 40  # of a thread that computes, and of one that copies
 
 
 def fused_product(

@@ -17,13 +17,13 @@ from jaxengine.models.layers import Norm, gated
 from jaxengine.pallas_kernels.dispatch import Kernels
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
 from jaxengine.pallas_kernels.many_row_gated import (
-    BLOCKS,
     SHAPES,
     default_config,
     many_row_gated,
     unsupported,
 )
 from jaxengine.pallas_kernels.many_row_gated_kernel import GROUP, Config, num_tiles
+from jaxengine.pallas_kernels.mosaic import BLOCKS
 
 BF16 = jnp.bfloat16
 ROWS = (128, 256, 512, 1024, 8192)

@@ -16,10 +16,9 @@ from product_cases import apply, make, run, sizes_of, what_of
 from jaxengine.models.layers import Norm, gated, linear
 from jaxengine.pallas_kernels.dispatch import Kernels
 from jaxengine.pallas_kernels.few_row_linear_kernel import Shape
+from jaxengine.pallas_kernels.mosaic import BLOCKS, SHARED_MEMORY
 from jaxengine.pallas_kernels.small_batch_linear import (
-    BLOCKS,
     SHAPES,
-    SHARED_MEMORY,
     default_config,
     small_batch_gated,
     small_batch_linear,
