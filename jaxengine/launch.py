@@ -13,7 +13,7 @@ from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.request_state import RequestState, Settings
 from jaxengine.step_plan import MAX_UNSENT
 
-NUM_ROW_FIELDS = 6
+NUM_ROW_FIELDS = 7
 
 
 class RowInputs(NamedTuple):
@@ -26,6 +26,7 @@ class RowInputs(NamedTuple):
     new_pages: Int[Array, " B"]  # the next page that the row comes to need; 0 for none
     num_draws: Int[Array, " B"]  # tokens to draw and to append; 0 inside of a prompt
     write_starts: Int[Array, " B"]  # the first position whose K and V are not in the cache yet
+    tell_starts: Int[Array, " B"]  # the first position that tells of the prompt's token behind it
 
 
 class States(NamedTuple):
@@ -40,7 +41,7 @@ class Outputs(NamedTuple):
 
     drawn: Int[Array, "steps B"]  # -1 where logits are not finite
     of_drawn: Told | None = None  # of [steps B], where wanted
-    of_inputs: Told | None = None  # of [T]: at each token, of the one behind it
+    of_inputs: Told | None = None  # of [T]: at each token that tells, of the one behind it
     states: States | None = None
     embeddings: Float32[Array, "B E"] | None = None
 

@@ -112,8 +112,8 @@ def merged(all_asked: Iterable[tuple[Logprobs, bool]]) -> Wanted | None:
 
 
 def _rounded_up(count: int) -> int:
-    """To 0, 8, 64, 512 and so on."""
-    rounded = 8 if count else 0
+    """To 0, 1, 8, 64, 512 and so on."""
+    rounded = min(count, 1)
     while rounded < count:
         rounded *= 8
     return rounded

@@ -3,7 +3,7 @@ and takes the page that this needs. Host only."""
 
 from jaxengine.kv_pool import KVPool
 from jaxengine.request import Request
-from jaxengine.step_plan import MAX_UNSENT, Row
+from jaxengine.step_plan import MAX_UNSENT, NOBODY_ASKS, Row
 
 
 def next_row(kv: KVPool, request: Request, query_len: int, num_steps: int = 1) -> Row:
@@ -22,8 +22,17 @@ def next_row(kv: KVPool, request: Request, query_len: int, num_steps: int = 1) -
     request.num_computed = end
     if end > len(request.pages) * kv.page_size:
         new_page = kv.grow(request)
+    tell_start = NOBODY_ASKS if request.logprobs is None else request.logprobs.start
     return Row(
-        request, request.slot, start, query_len, new_page, num_draws, write_start, new_tokens
+        request,
+        request.slot,
+        start,
+        query_len,
+        new_page,
+        num_draws,
+        write_start,
+        tell_start,
+        new_tokens,
     )
 
 

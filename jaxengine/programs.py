@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxengine.drawing import choose_tokens, draw, nothing_told
 from jaxengine.launch import (
     PLAIN,
-    Asked,
     Options,
     Outputs,
     RowInputs,
@@ -29,8 +28,9 @@ from jaxengine.logprobs import Told
 from jaxengine.models.embedder import EmbeddingModel
 from jaxengine.models.interface import Batch, KVCache, Model, last_tokens, rows_of
 from jaxengine.models.taps import Place, Taps
+from jaxengine.pallas_kernels.dispatch import log_normalizer
 from jaxengine.request_state import RequestState, Settings
-from jaxengine.sampling import SamplingState, adjust, logprobs_by_blocks
+from jaxengine.sampling import SamplingState, adjust, logprobs_by_blocks, logprobs_of_some
 
 
 def extend(
@@ -75,7 +75,7 @@ def read(
     else:
         batch = _ragged_batch(state.tokens, page_table, settings.sampling, rows, num_tokens)
     hidden, cache, states = _pass(model, batch, cache, settings, options)
-    of_inputs = _tell_inputs(model, hidden, state.tokens, rows, batch, options.asked)
+    of_inputs = _tell_inputs(model, hidden, state.tokens, rows, batch, options)
     if batch.query_starts is not None:
         hidden = hidden[last_tokens(batch)]
     with jax.named_scope("logits"):
@@ -219,18 +219,21 @@ def _tell_inputs(
     tokens: Int[Array, "R C"],
     rows: RowInputs,
     batch: Batch,
-    asked: Asked | None,
+    options: Options,
 ) -> Told | None:
+    asked = options.asked
     if asked is None or not asked.wanted.of_inputs:
         return None
     row = jnp.minimum(batch.rows, len(rows.slots) - 1)  # of padding nobody reads anything
-    return logprobs_by_blocks(
-        hidden,
-        model.logits,
-        tokens.at[rows.slots[row], batch.positions + 1].get(mode="clip"),
-        asked.ids[row],
-        asked.wanted.top,
-    )
+    following = tokens.at[rows.slots[row], batch.positions + 1].get(mode="clip")
+    if model.head is not None and not asked.wanted.ids and asked.wanted.top <= 1:
+        head = model.head[...]
+        if normalizer := log_normalizer(options.kernels, len(hidden), *head.shape, head.dtype):
+            tells = batch.rows < len(rows.slots)
+            tells &= batch.positions >= rows.tell_starts[row]
+            tells &= batch.positions + 1 < batch.prompt_lens[row]
+            return logprobs_of_some(hidden, head, following, tells, normalizer, asked.wanted.top)
+    return logprobs_by_blocks(hidden, model.logits, following, asked.ids[row], asked.wanted.top)
 
 
 def _decode_batch(

@@ -8,6 +8,7 @@ from jaxengine.logprobs import Wanted, merged
 from jaxengine.request import Request
 
 MAX_UNSENT = 16  # tokens that a row may bring along
+NOBODY_ASKS = 2**31 - 1
 
 
 class Row(NamedTuple):
@@ -20,6 +21,7 @@ class Row(NamedTuple):
     new_page: int  # the one page that the row comes to need and that is not in its table, or 0
     num_draws: int  # 0 where the next token is known; beyond 1 the row goes on from what it drew
     write_start: int = 0  # the first position whose K and V are not in the pool yet
+    tell_start: int = NOBODY_ASKS  # the first position that tells of the token behind it
     new_tokens: tuple[int, ...] = ()  # the last that it reads, where only the host knows them yet
 
     @property

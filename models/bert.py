@@ -70,6 +70,7 @@ class BertModel(nnx.Module):
 
     base_prefix = "bert."
     classifier_names = ("bert.pooler.dense", "classifier")
+    head = None
 
     def __init__(self, config: EncoderConfig, new: Parameters):
         D = config.hidden_size

@@ -10,6 +10,7 @@ from types import EllipsisType
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxengine.models.taps import Taps
@@ -55,6 +56,12 @@ class Model(Protocol):
         taps: Taps | None = None,
     ) -> tuple[Float[Array, "T D"], KVCache | None]:
         """Final-normed hidden states of every token, and the cache with their K and V written."""
+        ...
+
+    @property
+    def head(self) -> nnx.Param | None:
+        """The matrix [V D] whose products with hidden states are the logits; None: they are more
+        than that."""
         ...
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:

@@ -151,10 +151,14 @@ class LlamaForCausalLM(nnx.Module):
         x = taps("final_norm", None, rms_norm(x, self.norm[...], eps=self.config.rms_norm_eps))
         return x, cache and tuple(layer_caches)
 
-    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    @property
+    def head(self) -> nnx.Param:
         if self.score is not None:
-            return project(hidden, self.score)
-        return project(hidden, self.embed_tokens if self.lm_head is None else self.lm_head)
+            return self.score
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        return project(hidden, self.head)
 
     @classmethod
     def checkpoint_pieces(cls, config: ModelConfig) -> dict[str, tuple[Piece, ...]]:

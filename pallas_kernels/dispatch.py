@@ -111,6 +111,19 @@ def many_row_gated(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., An
     return partial(module.many_row_gated, interpret=kernels.interpret)
 
 
+def log_normalizer(
+    kernels: Kernels, T: int, V: int, D: int, dtype: Any
+) -> Callable[..., Any] | None:
+    """The kernel for what makes `T` rows of `V` logits log-probabilities; None: XLA's logits are to
+    be taken."""
+    if not kernels.hopper_products:
+        return None
+    module = _module("log_normalizer")
+    if module.unsupported(T=T, V=V, D=D, dtype=dtype) is not None:
+        return None
+    return partial(module.log_normalizer, interpret=kernels.interpret)
+
+
 def _fitting(which: int, backend: str | None, problem: Problem) -> str:
     for name in PREFERRED if backend is None else (backend,):
         reason = _unsupported(which, name, problem)

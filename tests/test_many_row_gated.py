@@ -22,7 +22,7 @@ from jaxengine.pallas_kernels.many_row_gated import (
     many_row_gated,
     unsupported,
 )
-from jaxengine.pallas_kernels.many_row_gated_kernel import GROUP, Config, num_tiles
+from jaxengine.pallas_kernels.many_row_kernel import GROUP, Config, num_tiles
 from jaxengine.pallas_kernels.mosaic import BLOCKS
 
 BF16 = jnp.bfloat16
@@ -108,7 +108,7 @@ def test_a_layer_takes_it_where_it_fits(rng):
 def test_few_blocks_idle_at_the_end(model, rows):
     F, _ = SHAPES[model]
     config = default_config(rows, F)
-    tiles = num_tiles(rows, F, config)
+    tiles = num_tiles(Shape(2, rows, F, 64), config)
     assert F % config.tile_F == 0
     assert tiles / (-(-tiles // BLOCKS) * BLOCKS) > 0.85
 

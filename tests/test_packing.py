@@ -20,7 +20,7 @@ from jaxengine.packing import pack, padding
 from jaxengine.request import Request
 from jaxengine.request_state import empty_request_state
 from jaxengine.sampling_params import SamplingParams
-from jaxengine.step_plan import MAX_UNSENT, Row, StepPlan
+from jaxengine.step_plan import MAX_UNSENT, NOBODY_ASKS, Row, StepPlan
 
 NOBODY = 4
 READ = Variant("read")
@@ -48,7 +48,7 @@ def plan(*rows: Row, **more: Any) -> StepPlan:
 FORCED = plan(
     row(0, 14, 5, page=3, new_tokens=(31, 32, 33)),  # over the end of a page
     row(2, 20, 1),
-    row(3, 9, 3, draws=0, write_start=10),  # the middle of a prompt, of which one token is cached
+    row(3, 9, 3, draws=0, write_start=10, tell_start=9),  # the middle of a prompt, one token cached
 )
 
 
@@ -58,16 +58,16 @@ def test_each_token_has_a_row_and_the_last_ones_come_first() -> None:
     np.testing.assert_array_equal(
         fields[:10],
         [
-            [0, 18, 1, 0, 1, 0],
-            [2, 20, 1, 0, 1, 0],
-            [3, 11, 1, 0, 0, 10],
-            [0, 14, 1, 3, 0, 0],  # the page begins at the next position where one does
-            [0, 15, 1, 0, 0, 0],
-            [0, 16, 1, 0, 0, 0],
-            [0, 17, 1, 0, 0, 0],
-            [3, 9, 1, 0, 0, 10],
-            [3, 10, 1, 0, 0, 10],
-            [NOBODY, 0, 0, 0, 0, 0],
+            [0, 18, 1, 0, 1, 0, NOBODY_ASKS],
+            [2, 20, 1, 0, 1, 0, NOBODY_ASKS],
+            [3, 11, 1, 0, 0, 10, 9],
+            [0, 14, 1, 3, 0, 0, NOBODY_ASKS],  # the page begins at the next position where one does
+            [0, 15, 1, 0, 0, 0, NOBODY_ASKS],
+            [0, 16, 1, 0, 0, 0, NOBODY_ASKS],
+            [0, 17, 1, 0, 0, 0, NOBODY_ASKS],
+            [3, 9, 1, 0, 0, 10, 9],
+            [3, 10, 1, 0, 0, 10, 9],
+            [NOBODY, 0, 0, 0, 0, 0, 0],
         ],
     )
     np.testing.assert_array_equal(new_tokens[0], [-1] * (MAX_UNSENT - 3) + [31, 32, 33])
@@ -76,9 +76,9 @@ def test_each_token_has_a_row_and_the_last_ones_come_first() -> None:
 
 def test_a_step_that_reads_has_rows_as_they_are() -> None:
     fields, new_tokens, _ = READ.split(pack(FORCED, Bucket(32, 4), READ, NOBODY))
-    np.testing.assert_array_equal(fields[0], [0, 14, 5, 3, 1, 0])
+    np.testing.assert_array_equal(fields[0], [0, 14, 5, 3, 1, 0, NOBODY_ASKS])
     np.testing.assert_array_equal(new_tokens[0, -3:], [31, 32, 33])
-    np.testing.assert_array_equal(fields[3], [NOBODY, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(fields[3], [NOBODY, 0, 0, 0, 0, 0, 0])
     assert NUM_ROW_FIELDS == fields.shape[1]
 
 
@@ -135,5 +135,5 @@ def run(model: Any, cache: Any, state: Any, packed: np.ndarray, **sizes: Any) ->
 
 def test_padding_reads_nothing_for_nobody() -> None:
     fields, new_tokens, ids = READ.split(padding(Bucket(3, 2, 1), READ, NOBODY))
-    np.testing.assert_array_equal(fields, [[NOBODY, 0, 0, 0, 0, 0]] * 3)
+    np.testing.assert_array_equal(fields, [[NOBODY, 0, 0, 0, 0, 0, 0]] * 3)
     assert (new_tokens == -1).all() and ids.shape == (3, 0)

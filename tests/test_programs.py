@@ -188,6 +188,8 @@ EMPTY = empty_request_state(4, 40, 16, num_stop_ids=2, num_bias=8)
 
 
 class Echo:
+    head = None
+
     """A model whose hidden state is the token and whose likeliest next token is the one after."""
 
     def __call__(self, batch: Any, cache: Any, kernels: Any = None, taps: Any = None) -> Any:

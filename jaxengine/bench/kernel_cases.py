@@ -76,6 +76,26 @@ def _gate_arguments(T: int, F: int, D: int, key: jax.Array) -> tuple[jax.Array, 
     return _product_arguments(2, T, F, D, True, key)[:2]
 
 
+def _normalizers(name: str, module: ModuleType) -> Iterator[Case]:
+    for model, (V, D) in module.SHAPES.items():
+        for T in MANY_ROWS:
+            yield Case(
+                kernel=name,
+                shape=f"{model}, {T} tokens",
+                make=partial(_normalizer_arguments, T, V, D),
+                variants={
+                    "kernel": partial(module.log_normalizer, num_rows=jnp.int32(T)),
+                    "xla": module.reference,
+                },
+                work=Work(2 * (V * D + T * D) + 12 * T, 2 * T * V * D),
+            )
+
+
+def _normalizer_arguments(T: int, V: int, D: int, key: jax.Array) -> tuple[jax.Array, ...]:
+    hidden, head = _product_arguments(1, T, V, D, False, key)[:2]
+    return hidden, head
+
+
 def _rotate(name: str, module: ModuleType) -> Iterator[Case]:
     """`SHAPES` count query heads per kv head as G."""
     for title, shape in module.SHAPES.items():
@@ -175,6 +195,7 @@ def _product(
 
 MAKERS: dict[str, Callable[[str, ModuleType], Iterator[Case]]] = {
     "few_row_linear": _products,
+    "log_normalizer": _normalizers,
     "many_row_gated": _gates,
     "paged_decode": decode_cases,
     "paged_decode_triton": decode_cases,

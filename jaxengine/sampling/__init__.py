@@ -3,7 +3,11 @@ They know neither requests nor the step that calls them."""
 
 from jaxengine.sampling.adjust import adjust
 from jaxengine.sampling.masks import allow_only
-from jaxengine.sampling.probabilities import logprobs, logprobs_by_blocks
+from jaxengine.sampling.probabilities import (
+    logprobs,
+    logprobs_by_blocks,
+    logprobs_of_some,
+)
 from jaxengine.sampling.sample import sample
 from jaxengine.sampling.state import SamplingState, empty_state, install, num_fields, pack
 
@@ -15,6 +19,7 @@ __all__ = [
     "install",
     "logprobs",
     "logprobs_by_blocks",
+    "logprobs_of_some",
     "num_fields",
     "pack",
     "sample",

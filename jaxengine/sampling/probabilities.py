@@ -1,12 +1,13 @@
 """Log-probabilities of some tokens: of one, of the likeliest, of those asked about. The logits of
-all tokens of a prompt are never in memory together: these come by blocks."""
+all tokens of a prompt are never in memory together: these come by blocks, or not at all."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from jaxengine.logprobs import Told
 
@@ -70,6 +71,28 @@ def logprobs_by_blocks(
     )
     flat = num_blocks * block
     return jax.tree.map(lambda array: array.reshape(flat, *array.shape[2:])[:T], told)
+
+
+def logprobs_of_some(
+    hidden: Float[Array, "T D"],
+    head: Float[Array, "V D"],
+    tokens: Int[Array, " T"],
+    tells: Bool[Array, " T"],
+    normalizer: Callable[..., Any],
+    num_top: int,
+) -> Told:
+    """The same of those hidden states that tell, others get some numbers; of no ids, and of the
+    likeliest token at most. `normalizer` is `log_normalizer` of the kernel of that name."""
+    T, number = len(hidden), jnp.cumsum(tells) - 1
+    places = jnp.where(tells, number, T)
+    telling = jnp.zeros(T, jnp.int32).at[places].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
+    found = normalizer(hidden[telling], head, num_rows=number[-1] + 1)
+    norm, peak, best = (each[jnp.maximum(number, 0)] for each in found)
+    logits = jnp.einsum("td,td->t", hidden, head[tokens], preferred_element_type=jnp.float32)
+    # Summed in another order than the norm, so that it may come out a little larger.
+    of_token = jnp.where(tokens == best, peak, jnp.minimum(logits, peak)) - norm
+    top = slice(None), slice(num_top)
+    return Told(of_token, (peak - norm)[:, None][top], best[:, None][top], jnp.zeros((T, 0)))
 
 
 def block_size(vocab_size: int) -> int:
