@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.inputs import Entry
-from jaxengine.logprob_inputs import AskedLogprobs
+from jaxengine.logprob_inputs import AskedLogprobs, plain
 from jaxengine.logprobs import Logprobs
 from jaxengine.request import Request
 from jaxengine.sampling_params import DefaultLength, SamplingParams
@@ -112,7 +112,11 @@ def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> list[int]:
     field = "prompt" if entry.input_ids is None else "input_ids"
     if len(ids) == 0:
         raise ValueError(f"{field}: expected at least one token, got an empty prompt")
-    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= limits.vocab_size:
+    kinds = set(map(type, ids))
+    if kinds != {int}:  # perhaps numbers of another library
+        ids = [plain(token) for token in ids]
+        kinds = set(map(type, ids))
+    if kinds != {int} or min(ids) < 0 or max(ids) >= limits.vocab_size:
         raise ValueError(f"{field}: {_wrong_id(ids, entry, limits)}")
     if len(ids) <= limits.max_prompt_tokens:
         return list(ids)

@@ -139,12 +139,7 @@ def _id_lists(input_ids: Any) -> tuple[list[Sequence[Any]], bool]:
             raise ValueError(
                 f"input_ids: expected a list for every prompt, got {short(row)} at index {index}"
             )
-    return [_plain_ids(row) for row in rows], True
-
-
-def _plain_ids(row: Sequence[Any]) -> Sequence[Any]:
-    """A row's ids as Python's own numbers: the row itself, and at once, where they are."""
-    return row if set(map(type, row)) <= {int} else [plain(token) for token in row]
+    return rows, True
 
 
 def _sampling(given: Any, count: int, defaults: Mapping[str, Any]) -> list[SamplingParams]:

@@ -227,8 +227,8 @@ def _tell_inputs(
     row = jnp.minimum(batch.rows, len(rows.slots) - 1)  # of padding nobody reads anything
     following = tokens.at[rows.slots[row], batch.positions + 1].get(mode="clip")
     if model.head is not None and not asked.wanted.ids and asked.wanted.top <= 1:
-        head = model.head[...]
-        if normalizer := log_normalizer(options.kernels, len(hidden), *head.shape, head.dtype):
+        V, D = (head := model.head[...]).shape
+        if normalizer := log_normalizer(options.kernels, len(hidden), V, D, head.dtype):
             tells = batch.rows < len(rows.slots)
             tells &= batch.positions >= rows.tell_starts[row]
             tells &= batch.positions + 1 < batch.prompt_lens[row]

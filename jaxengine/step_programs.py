@@ -4,7 +4,7 @@ or in two parts, and the program that installs requests. How they are run is the
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,14 +20,13 @@ from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
 from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
-from jaxengine.sampling import num_fields, pack
+from jaxengine.sampling import num_fields, of_request, pack
 from jaxengine.sampling.masks import num_words
 from jaxengine.sampling_params import SamplingParams
 
 INSTALL = "install"  # key of the one program that is not a step
-INSTALL_ROWS = 32  # requests that it installs at a time
-EMBED_INSTALL_ROWS = 64  # where a step may begin and end hundreds
-MAX_INSTALL_TOKENS = 8192  # and tokens of their histories
+INSTALL_ROWS = 64  # requests that it installs at a time
+MAX_INSTALL_TOKENS = 32768  # and tokens of their histories
 
 # Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there and need no
 # trying out of kernels that have to be compiled first. Of few rows it is the other way round, but
@@ -85,12 +84,8 @@ class StepPrograms:
             num_bias=num_bias,
             functions=functions,
         )
-        self._num_stop_ids, self._num_bias = num_stop_ids, num_bias
-        room = dict(num_stop_ids=num_stop_ids, num_bias=num_bias)
-        self._pack_undrawn = lru_cache(4096)(
-            partial(pack, SamplingParams(), seed=0, stop_ids=(), **room)
-        )
-        self._num_install_rows = EMBED_INSTALL_ROWS if embeds else INSTALL_ROWS
+        self._room = dict(num_stop_ids=num_stop_ids, num_bias=num_bias)
+        self._packed: tuple[SamplingParams, frozenset[int], np.ndarray] | None = None
 
     @property
     def page_bytes(self) -> int:
@@ -114,19 +109,15 @@ class StepPrograms:
             return zeros(), jax.jit(self._make_state)()
 
     def pack_settings(self, request: Request) -> np.ndarray:
-        """How a request is to be continued, in one row for `install`."""
-        if self.plain.part == "embed":
-            return self._pack_undrawn(prompt_len=len(request.prompt_ids))
-        sampling = pack(
-            request.sampling,
-            prompt_len=len(request.prompt_ids),
-            seed=request.seed,
-            stop_ids=request.stop_token_ids,
-            num_stop_ids=self._num_stop_ids,
-            num_bias=self._num_bias,
-        )
-        chosen = request.sampling.functions, request.sampling.custom_params or {}
-        return np.concatenate([sampling, self.functions.pack(*chosen)])
+        """How a request is to be continued, in one row for `install`. Requests of one call have
+        most of it in common: that is packed once."""
+        sampling, stop_ids = request.sampling, request.stop_token_ids
+        packed = self._packed
+        if packed is None or packed[0] is not sampling or packed[1] != stop_ids:
+            words = pack(sampling, stop_ids=stop_ids, **self._room)
+            chosen = self.functions.pack(sampling.functions, sampling.custom_params or {})
+            packed = self._packed = sampling, stop_ids, np.concatenate([words, chosen])
+        return of_request(packed[2], prompt_len=len(request.prompt_ids), seed=request.seed)
 
     def lower_step(self, bucket: Bucket, num_pages: int, variant: Variant | None = None) -> Any:
         variant = variant or self.plain
@@ -200,7 +191,7 @@ class StepPrograms:
 
     def empty_install(self) -> InstallInputs:
         """Inputs that install nothing, to be filled."""
-        num_rows = self._num_install_rows
+        num_rows = INSTALL_ROWS
         num_slots, num_pages = self.state_shapes.page_table.shape
         num_tokens = min(num_rows * self.state_shapes.tokens.shape[1], MAX_INSTALL_TOKENS)
         zeros: Any = partial(np.zeros, dtype=np.int32)

@@ -12,8 +12,8 @@ time is in proportion to the tokens that somebody asks about.
 Each tile of the product leaves a peak, a sum and a place for each of its tokens, 12 bytes for the
 logits of 256; from these XLA makes the results.
 
-Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867; losses without logits, Wijmans
-et al. 2024, "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
+Source: online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867; losses without logits,
+Wijmans et al. 2024, "Cut your losses in large-vocabulary language models", arXiv:2411.09009.
 """
 
 from collections.abc import Callable

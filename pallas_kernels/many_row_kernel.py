@@ -117,7 +117,7 @@ class Block(NamedTuple):
 
 
 Finish = Callable[[Block, jax.Array, Tile, jax.Array], None]
-"""Writes what is to be of the sums [ROWS, M tile_F] of a consumer, given its number and the tile."""
+"""Writes what is to be of the sums [ROWS, M tile_F] of a consumer of that number in the tile."""
 
 
 def num_output_tiles(shape: Shape, config: Config) -> int:
@@ -143,7 +143,7 @@ def many_row_kernel(
     results: tuple[jax.ShapeDtypeStruct],
     interpret: bool,
 ) -> Callable[..., tuple[jax.Array]]:
-    """The call (x [B D], weight [M F, D], the rows that count [1] where that is asked) -> result."""
+    """The call (x [B D], weight [M F, D], where it `counts_rows` how many count [1]) -> result."""
 
     def body(x: Any, weight: Any, *refs: Any, **own: Any) -> None:
         num_rows, out = refs if counts_rows else (None, *refs)

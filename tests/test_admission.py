@@ -3,6 +3,8 @@
 import random
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxengine.admission import Limits, make_request
@@ -42,6 +44,14 @@ def test_a_request_carries_what_was_asked():
     assert (request.rid, request.prompt_ids, request.priority) == ("r", [1, 2, 3], 7)
     assert (request.max_new_tokens, request.seed) == (5, 6)
     assert request.stop_token_ids == {4, EOS}
+
+
+@pytest.mark.parametrize("ids", [[np.int64(1), 2], (np.uint8(1), np.int32(2)), [jnp.array(1), 2]])
+def test_ids_become_pythons_own_numbers(ids):
+    prompt_ids = made(ids).prompt_ids
+    assert prompt_ids == [1, 2] and {type(token) for token in prompt_ids} == {int}
+    with pytest.raises(ValueError, match="got 1.5 at index 2"):
+        made([*ids, np.float32(1.5)])
 
 
 def test_without_stop_tokens_only_the_models_own_end_it():

@@ -76,9 +76,8 @@ def test_ids_of_one_prompt(ids):
         [[1, 2], [3]],
         ((1, 2), (3,)),
         [np.array([1, 2]), np.array([3])],
-        [[np.int64(1), 2], [np.int64(3)]],
     ],
-    ids=["lists", "tuples", "numpy", "numpy scalars"],
+    ids=["lists", "tuples", "numpy"],
 )
 def test_ids_of_several_prompts(ids):
     entries, is_batch = normalised(input_ids=ids)

@@ -16,7 +16,7 @@ from tiny import tiny_config
 from jaxengine import models, programs
 from jaxengine.compiling import Bucket
 from jaxengine.functions import NO_FUNCTIONS, Functions
-from jaxengine.launch import Part, Variant
+from jaxengine.launch import Asked, Options, Part, Variant
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
 from jaxengine.models.attention import write_pages
@@ -24,10 +24,12 @@ from jaxengine.models.config import ModelConfig
 from jaxengine.models.embedder import EmbedderConfig
 from jaxengine.models.encoder_config import EncoderConfig
 from jaxengine.models.interface import Batch
+from jaxengine.models.layers import project
 from jaxengine.models.shapes import SHAPES
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
 from jaxengine.sampling import num_fields
+from jaxengine.step_plan import NOBODY_ASKS
 from jaxengine.step_programs import (
     CUBLAS_OPTIONS,
     LONG_OPTIONS,
@@ -188,9 +190,9 @@ EMPTY = empty_request_state(4, 40, 16, num_stop_ids=2, num_bias=8)
 
 
 class Echo:
-    head = None
-
     """A model whose hidden state is the token and whose likeliest next token is the one after."""
+
+    head = None
 
     def __call__(self, batch: Any, cache: Any, kernels: Any = None, taps: Any = None) -> Any:
         self.batch = batch
@@ -276,6 +278,60 @@ def test_installing_fills_slots_from_flat_tokens_a_stretch_at_a_time() -> None:
     before, sampling = state.settings.sampling, after.settings.sampling
     np.testing.assert_array_equal(sampling.top_k[jnp.array([0, 3])], [2, 1])
     assert sampling.top_k[1] == before.top_k[1]
+
+
+class Table(Echo):
+    """A model whose hidden state goes by the token alone, and whose logits are a product."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        noise = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        self.table, self.head = noise(50, 64), nnx.Param(noise(264, 64))
+
+    def __call__(self, batch: Any, cache: Any, kernels: Any = None, taps: Any = None) -> Any:
+        return self.table[batch.tokens], cache
+
+    def logits(self, hidden: Any) -> Any:
+        return project(hidden, self.head)
+
+
+@pytest.mark.parametrize("top", [0, 1, 8])
+def test_the_positions_that_tell_are_told_the_same_with_a_kernel(
+    rng: np.random.Generator, top: int
+) -> None:
+    tokens = EMPTY.tokens.at[:, :].set(jnp.asarray(rng.integers(0, 50, EMPTY.tokens.shape)))
+    sampling = EMPTY.settings.sampling
+    sampling = sampling._replace(
+        prompt_lens=sampling.prompt_lens.at[:3].set(jnp.array([12, 30, 9]))
+    )
+    state = EMPTY._replace(tokens=tokens, settings=EMPTY.settings._replace(sampling=sampling))
+    cache = (jnp.zeros((9, 2, 1, 16, 2)),)
+    rows = np.array(
+        [
+            [0, 2, 10, 0, 0, 0, 5],  # the rest of a prompt, told from the middle on
+            [1, 4, 16, 0, 0, 0, 0],  # a chunk of a longer one, of which all is told
+            [2, 8, 1, 0, 1, 0, 0],  # the end of a prompt, behind which no token is known
+            [3, 20, 8, 0, 1, 0, NOBODY_ASKS],
+            [4, 0, 0, 0, 0, 0, 0],  # padding
+        ],
+        np.int32,
+    )
+    tells = np.zeros(128, bool)
+    tells[3:9] = tells[10:26] = True  # of the first, the last token tells of nothing
+    told, found = [], Options(Asked(Wanted(top, 0, True), jnp.zeros((5, 0), jnp.int32), True))
+    model = Table(rng)
+    for kernels in (XLA, Kernels(hopper_products=True, interpret=True)):
+        *_, outputs = programs.extend(
+            model,
+            cache,
+            state,
+            jnp.asarray(rows),
+            num_tokens=128,
+            options=found._replace(kernels=kernels),
+        )
+        told.append([np.asarray(each)[tells] for each in outputs.of_inputs or ()])
+    assert told[0][0].shape == (22,) and told[0][1].shape == (22, top)
+    for reference, got in zip(*told, strict=True):
+        np.testing.assert_allclose(got, reference, atol=1e-4)
 
 
 def test_what_is_in_the_cache_is_not_written_again() -> None:

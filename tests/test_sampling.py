@@ -13,7 +13,15 @@ from numerics import kept_exact, sampling_probs_exact, softmax_exact
 from scipy import stats
 
 from jaxengine.pallas_kernels import noise as noises
-from jaxengine.sampling import SamplingState, adjust, empty_state, install, pack, sample
+from jaxengine.sampling import (
+    SamplingState,
+    adjust,
+    empty_state,
+    install,
+    of_request,
+    pack,
+    sample,
+)
 from jaxengine.sampling.adjust import count_tokens, tokens_between
 from jaxengine.sampling.draw import add_up, by_groups, draw
 from jaxengine.sampling.filters import find_limits, keeps
@@ -35,13 +43,10 @@ def state_of(
     """One row for each request, by way of packing and installing."""
     state = empty_state(len(params), NUM_STOP_IDS, NUM_BIAS)
     for slot, one in enumerate(params):
-        packed = pack(
-            one,
+        packed = of_request(
+            pack(one, stop_ids=stop_ids, num_stop_ids=NUM_STOP_IDS, num_bias=NUM_BIAS),
             prompt_len=0 if prompt_lens is None else prompt_lens[slot],
             seed=slot if seeds is None else seeds[slot],
-            stop_ids=stop_ids,
-            num_stop_ids=NUM_STOP_IDS,
-            num_bias=NUM_BIAS,
         )
         state = jax.jit(install)(state, jnp.asarray([slot]), jnp.asarray(packed)[None])
     return state
@@ -115,8 +120,11 @@ def test_packed_parameters_arrive_in_their_slot_and_nowhere_else():
         logit_bias={"7": -2.5, 1: 4.0},
     )
     room = dict(num_stop_ids=NUM_STOP_IDS, num_bias=NUM_BIAS)
-    packed = pack(params, prompt_len=11, seed=-2, stop_ids=(9, 2), **room)
+    shared = pack(params, stop_ids=(9, 2), **room)
+    others = shared.copy()
+    packed = of_request(shared, prompt_len=11, seed=-2)
     assert packed.dtype == np.int32
+    np.testing.assert_array_equal(shared, others)
     before = empty_state(3, **room)
     after = install(before, jnp.asarray([1]), jnp.asarray(packed)[None])
     got: Any = jax.tree.map(lambda field: np.asarray(field[1]), after)
@@ -140,7 +148,7 @@ def test_a_slot_beyond_the_last_installs_nothing():
 
 def pack_default(**params) -> np.ndarray:
     room = dict(num_stop_ids=NUM_STOP_IDS, num_bias=NUM_BIAS)
-    return pack(SamplingParams(**params), prompt_len=0, seed=0, stop_ids=(), **room)
+    return pack(SamplingParams(**params), stop_ids=(), **room)
 
 
 def test_extreme_numbers_stay_finite_in_float32():
@@ -151,7 +159,7 @@ def test_extreme_numbers_stay_finite_in_float32():
 
 
 def test_too_many_stop_ids_or_biases_are_refused():
-    room = dict(prompt_len=0, seed=0, num_stop_ids=1, num_bias=1)
+    room = dict(num_stop_ids=1, num_bias=1)
     with pytest.raises(ValueError, match="stop_token_ids: expected at most 1"):
         pack(SamplingParams(), stop_ids=(1, 2), **room)
     with pytest.raises(ValueError, match="logit_bias: expected at most 1"):

@@ -9,7 +9,14 @@ from jaxengine.sampling.probabilities import (
     logprobs_of_some,
 )
 from jaxengine.sampling.sample import sample
-from jaxengine.sampling.state import SamplingState, empty_state, install, num_fields, pack
+from jaxengine.sampling.state import (
+    SamplingState,
+    empty_state,
+    install,
+    num_fields,
+    of_request,
+    pack,
+)
 
 __all__ = [
     "SamplingState",
@@ -21,6 +28,7 @@ __all__ = [
     "logprobs_by_blocks",
     "logprobs_of_some",
     "num_fields",
+    "of_request",
     "pack",
     "sample",
 ]

@@ -40,6 +40,7 @@ FLOAT_PARAMS = (
     "repetition_penalty",
 )
 
+PROMPT_LEN = SamplingState._fields.index("prompt_lens")  # in a row; the seed's words are behind it
 LARGEST = float(np.finfo(np.float32).max)
 NO_TOKEN = np.iinfo(np.int32).max
 """An id that no vocabulary holds: a write there is dropped."""
@@ -55,16 +56,15 @@ def empty_state(slots: int, num_stop_ids: int, num_bias: int) -> SamplingState:
 def pack(
     params: SamplingParams,
     *,
-    prompt_len: int,
-    seed: int,
     stop_ids: Collection[int],
     num_stop_ids: int,
     num_bias: int,
 ) -> np.ndarray:
-    """One int32 row for `install`: the fields of `SamplingState` in order, floats by their bits.
+    """One int32 row for `install`, but for what `of_request` enters: the fields of `SamplingState`
+    in order, floats by their bits.
 
-    `seed` counts modulo 2**64. `stop_ids` are all ids that end the request, end-of-sequence ids
-    included. Raises ValueError if they or the biases exceed the room of the state.
+    `stop_ids` are all ids that end the request, end-of-sequence ids included. Raises ValueError if
+    they or the biases exceed the room of the state.
     """
     biases = params.logit_bias or {}
     _refuse_overflow("stop_token_ids", len(stop_ids), num_stop_ids)
@@ -77,14 +77,21 @@ def pack(
     if params.top_k > 0:
         row["top_k"] = min(params.top_k, NO_TOKEN)
     row["min_new_tokens"] = min(params.min_new_tokens, NO_TOKEN)
-    row["prompt_lens"] = prompt_len
-    row["seed"] = seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
     if stop_ids:
         row["stop_ids"][0, : len(stop_ids)] = list(stop_ids)
     if biases:
         row["bias_ids"][0, : len(biases)] = [int(token) for token in biases]
         row["bias_values"][0, : len(biases)] = list(map(_within_float32, biases.values()))
     return row.view(np.int32)
+
+
+def of_request(packed: np.ndarray, *, prompt_len: int, seed: int) -> np.ndarray:
+    """A copy of such a row, or of one with more behind it, for a request of its own. `seed` counts
+    modulo 2**64."""
+    row = packed.copy()
+    words = row.view(np.uint32)
+    words[PROMPT_LEN : PROMPT_LEN + 3] = prompt_len, seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF
+    return row
 
 
 def num_fields(state: SamplingState) -> int:
