@@ -5,9 +5,10 @@ memory; on Hopper's tensor cores.
     logits[t, v] = sum_d head[v, d] hidden[t, d]
 
 Logits are float32. Time is that of their product, 2 T V D operations: 3.5 ms for 8192 tokens of
-Qwen3-0.6B at 730 TFLOP/s. Where they are written and read again, 4 T V bytes, those 5 GB take as
-long once more at each pass. Of rows beyond those that count there is no product, so that the
-time is in proportion to the tokens that somebody asks about.
+Qwen3-0.6B at 730 TFLOP/s; 4.2 are taken on an H200, and 11.4 for Llama-3.1-8B (11.8). Where logits
+are written and read again, block by block, it is 7.5 and 16, with the likeliest 9.2 and 18. Of rows
+beyond those that count there is no product, so that the time is in proportion to the tokens that
+somebody asks about.
 
 Each tile of the product leaves a peak, a sum and a place for each of its tokens, 12 bytes for the
 logits of 256; from these XLA makes the results.

@@ -35,8 +35,9 @@ CONFIGS = {
 
 
 def make(rng: np.random.Generator, T: int, V: int, D: int) -> tuple[jax.Array, jax.Array]:
-    """Hidden states and a head, whose logits spread over some ten."""
-    return jnp.asarray(noise(rng, (T, D), BF16, 3.0)), jnp.asarray(noise(rng, (V, D), BF16, 0.3))
+    """Hidden states and a head, whose logits spread over some ten whatever D is."""
+    hidden, head = noise(rng, (T, D), BF16, 3.0), noise(rng, (V, D), BF16, 1.3 * D**-0.5)
+    return jnp.asarray(hidden), jnp.asarray(head)
 
 
 def run(hidden: jax.Array, head: jax.Array, num_rows: int | None = None, **how: Any) -> Normalizer:
