@@ -58,7 +58,7 @@ def logits_of(hidden: jax.Array, head: jax.Array) -> np.ndarray:
     return to_float64(hidden) @ to_float64(head).T
 
 
-@pytest.mark.parametrize("V", [64, 72, 136])
+@pytest.mark.parametrize("V", [64, 104])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_is_exact(rng, name, V):
     arrays = make(rng, 128 if CONFIGS[name].num_blocks > 3 else 256, V, 128)
@@ -116,7 +116,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_the_reason(sizes, dtype, reas
 
 @pytest.mark.parametrize("num_top", [0, 1])
 def test_the_tokens_that_tell_are_told_the_same_as_by_blocks(rng, num_top):
-    T, V = 256, 328
+    T, V = 128, 264
     hidden, head = make(rng, T, V, 64)
     tokens, tells = jnp.asarray(rng.integers(0, V, T), jnp.int32), jnp.asarray(rng.random(T) < 0.3)
     tokens = tokens.at[::2].set(reference(hidden, head).best[::2])  # as where text is likely
@@ -135,8 +135,6 @@ def test_the_tokens_that_tell_are_told_the_same_as_by_blocks(rng, num_top):
     is_best = np.asarray(tells & (tokens == reference(hidden, head).best))
     if num_top:
         np.testing.assert_array_equal(got.of_token[is_best], got.top[is_best, 0])
-    nobody = logprobs_of_some(hidden, head, tokens, tells & False, normalizer, num_top)
-    assert jax.tree.map(jnp.shape, nobody) == jax.tree.map(jnp.shape, right)
 
 
 def prepared(model: str, T: int):

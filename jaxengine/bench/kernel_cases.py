@@ -63,7 +63,7 @@ def _gates(name: str, module: ModuleType) -> Iterator[Case]:
             yield Case(
                 kernel=name,
                 shape=f"{model}, {T} rows",
-                make=partial(_gate_arguments, T, F, D),
+                make=partial(_two_arguments, 2, T, F, D),
                 variants={
                     "kernel": module.many_row_gated,
                     "xla": few_row_linear.gated_reference,
@@ -72,17 +72,13 @@ def _gates(name: str, module: ModuleType) -> Iterator[Case]:
             )
 
 
-def _gate_arguments(T: int, F: int, D: int, key: jax.Array) -> tuple[jax.Array, ...]:
-    return _product_arguments(2, T, F, D, True, key)[:2]
-
-
 def _normalizers(name: str, module: ModuleType) -> Iterator[Case]:
     for model, (V, D) in module.SHAPES.items():
         for T in MANY_ROWS:
             yield Case(
                 kernel=name,
                 shape=f"{model}, {T} tokens",
-                make=partial(_normalizer_arguments, T, V, D),
+                make=partial(_two_arguments, 1, T, V, D),
                 variants={
                     "kernel": partial(module.log_normalizer, num_rows=jnp.int32(T)),
                     "xla": module.reference,
@@ -91,9 +87,8 @@ def _normalizers(name: str, module: ModuleType) -> Iterator[Case]:
             )
 
 
-def _normalizer_arguments(T: int, V: int, D: int, key: jax.Array) -> tuple[jax.Array, ...]:
-    hidden, head = _product_arguments(1, T, V, D, False, key)[:2]
-    return hidden, head
+def _two_arguments(M: int, T: int, F: int, D: int, key: jax.Array) -> tuple[jax.Array, ...]:
+    return _product_arguments(M, T, F, D, True, key)[:2]
 
 
 def _rotate(name: str, module: ModuleType) -> Iterator[Case]:

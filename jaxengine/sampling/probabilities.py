@@ -81,8 +81,8 @@ def logprobs_of_some(
     normalizer: Callable[..., Any],
     num_top: int,
 ) -> Told:
-    """The same of those hidden states that tell, others get some numbers; of no ids, and of the
-    likeliest token at most. `normalizer` is `log_normalizer` of the kernel of that name."""
+    """`logprobs` of the hidden states that tell, times the head, and some numbers of the others;
+    of no ids, and of one likeliest token at most. `normalizer` is the kernel `log_normalizer`."""
     T, number = len(hidden), jnp.cumsum(tells) - 1
     places = jnp.where(tells, number, T)
     telling = jnp.zeros(T, jnp.int32).at[places].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
