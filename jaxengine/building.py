@@ -31,7 +31,7 @@ from jaxengine.sampling.probabilities import block_size
 from jaxengine.sampling_values import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes
-from jaxengine.step_programs import INSTALL, StepPrograms
+from jaxengine.step_programs import INSTALL_SIZES, StepPrograms
 
 EOS_ROOM = 8  # ends of a sequence that a model may have without changing a shape
 ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes
@@ -135,8 +135,9 @@ def _compile(
     tasks: dict[Any, Any] = {
         bucket: lambda bucket=bucket: programs.trace_step(bucket, num_pages) for bucket in buckets
     }
+    tasks |= {size: lambda size=size: programs.trace_install(size) for size in INSTALL_SIZES}
     executables = compile_all(
-        tasks | {INSTALL: programs.trace_install},
+        tasks,
         shows_progress=args.show_progress,
         beside=reading,
         after=after,

@@ -24,7 +24,7 @@ from jaxengine.request_state import RequestState
 from jaxengine.sampling.masks import everything, num_words
 from jaxengine.small_blocks import small_blocks
 from jaxengine.step_plan import StepPlan
-from jaxengine.step_programs import INSTALL, StepPrograms
+from jaxengine.step_programs import INSTALL_SIZES, StepPrograms
 from jaxengine.variants import Variants
 
 
@@ -58,18 +58,17 @@ class Runner:
         shows_progress: bool = False,
     ):
         self._params = tuple(jax.tree.leaves(params))
-        self._install = executables[INSTALL]
+        self._installs = [(steps.empty_install(size), executables[size]) for size in INSTALL_SIZES]
         self._logits: dict[int, jax.Array] = {}  # of steps that pause, by their number of rows
         self._masks: dict[int, np.ndarray] = {}  # likewise
         self._steps: dict[Bucket, Any] = {
-            key: executables[key] for key in sorted(key for key in executables if key != INSTALL)
+            key: executables[key] for key in sorted(executables.keys() - set(INSTALL_SIZES))
         }
         self._programs, self._num_pages = steps, num_pages
         self._plain = steps.plain
         self.variants = Variants(
             steps, thinned(self._steps), num_pages, shows_progress=shows_progress
         )
-        self._empty_install = steps.empty_install()
         self.put_buffers(self.make_buffers())
         self._num_slots = self._state.tokens.shape[0] - 1
         num_rows = max(bucket.num_rows for bucket in self._steps)
@@ -179,7 +178,7 @@ class Runner:
         self.delete_buffers()
         _delete(self._blocks)
         self._params = self._cache = ()
-        del self._state, self._install, self._steps
+        del self._state, self._installs, self._steps
         self.variants.close()
 
     def _bucket(self, plan: StepPlan, variant: Variant) -> Bucket:
@@ -234,8 +233,15 @@ class Runner:
         request.memory = None
 
     def _admit(self, requests: Sequence[Request]) -> None:
-        for new in installs(requests, self._empty_install, self._programs.pack_settings):
-            self._state = self._install(self._state, new)
+        num_tokens = sum(request.num_tokens for request in requests)
+        fitting = (
+            (empty, install)
+            for empty, install in self._installs
+            if len(requests) <= len(empty.slots) and num_tokens <= len(empty.tokens)
+        )
+        empty, install = next(fitting, self._installs[-1])
+        for new in installs(requests, empty, self._programs.pack_settings):
+            self._state = install(self._state, new)
         for request in requests:
             if request.memory is not None:
                 self._restore(request)

@@ -1,11 +1,11 @@
 """What there is to compile for a model, over shapes alone: its steps, each for a launch size, whole
-or in two parts, and the program that installs requests. How they are run is the runner's.
+or in two parts, and the programs that install requests. How they are run is the runner's.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,9 +24,15 @@ from jaxengine.sampling import num_fields, of_request, pack
 from jaxengine.sampling.masks import num_words
 from jaxengine.sampling_params import SamplingParams
 
-INSTALL = "install"  # key of the one program that is not a step
-INSTALL_ROWS = 64  # requests that it installs at a time
-MAX_INSTALL_TOKENS = 32768  # and tokens of their histories
+
+class InstallSize(NamedTuple):
+    """Of a program that installs requests; what is not filled of it travels too."""
+
+    num_rows: int
+    num_tokens: int  # of their histories
+
+
+INSTALL_SIZES = InstallSize(8, 8192), InstallSize(64, 32768)
 
 # Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there and need no
 # trying out of kernels that have to be compiled first. Of few rows it is the other way round, but
@@ -189,11 +195,11 @@ class StepPrograms:
     def _rows(self, num_rows: int, variant: Variant) -> Any:
         return self._placed(jax.ShapeDtypeStruct((num_rows, variant.num_fields), np.int32))
 
-    def empty_install(self) -> InstallInputs:
+    def empty_install(self, size: InstallSize) -> InstallInputs:
         """Inputs that install nothing, to be filled."""
-        num_rows = INSTALL_ROWS
+        num_rows = size.num_rows
         num_slots, num_pages = self.state_shapes.page_table.shape
-        num_tokens = min(num_rows * self.state_shapes.tokens.shape[1], MAX_INSTALL_TOKENS)
+        num_tokens = min(num_rows * self.state_shapes.tokens.shape[1], size.num_tokens)
         zeros: Any = partial(np.zeros, dtype=np.int32)
         width = num_fields(self.state_shapes.settings.sampling) + self.functions.num_fields
         return InstallInputs(
@@ -205,9 +211,9 @@ class StepPrograms:
             tokens=zeros(num_tokens),
         )
 
-    def trace_install(self) -> Callable[[], Any]:
-        """What compiles the program that installs requests, or loads it."""
-        arguments = self.state_shapes, self._placed(self.empty_install())
+    def trace_install(self, size: InstallSize) -> Callable[[], Any]:
+        """What compiles a program that installs requests, or loads it."""
+        arguments = self.state_shapes, self._placed(self.empty_install(size))
         program = partial(install, functions=self.functions)
         program.__name__ = "install"  # type: ignore[attr-defined]
         return self._executables.through(

@@ -32,6 +32,7 @@ from jaxengine.sampling import num_fields
 from jaxengine.step_plan import NOBODY_ASKS
 from jaxengine.step_programs import (
     CUBLAS_OPTIONS,
+    INSTALL_SIZES,
     LONG_OPTIONS,
     StepPrograms,
     compiler_options,
@@ -92,8 +93,9 @@ def test_a_step_that_pauses_keeps_its_logits_in_place(tiny: StepPrograms, bucket
 
 
 def test_installing_a_request_keeps_the_state_in_place(tiny: StepPrograms) -> None:
-    analysis = tiny.trace_install()().memory_analysis()
-    assert analysis.alias_size_in_bytes >= num_bytes(tiny.state_shapes)
+    for size in INSTALL_SIZES:
+        analysis = tiny.trace_install(size)().memory_analysis()
+        assert analysis.alias_size_in_bytes >= num_bytes(tiny.state_shapes)
 
 
 HOPPER = Problem(capability=(9, 0), dtype="bfloat16", head_size=128, group_size=4, page_size=16)
