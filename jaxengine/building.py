@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxengine.compiling import compile_all, waiting
 from jaxengine.functions import NO_FUNCTIONS, Functions
+from jaxengine.installs import INSTALL_SIZES
 from jaxengine.loading import FoundModel, abstract_model, choose_dtype, load_parameters
 from jaxengine.memory import (
     GIB,
@@ -31,7 +32,7 @@ from jaxengine.sampling.probabilities import block_size
 from jaxengine.sampling_values import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxengine.server_args import ServerArgs
 from jaxengine.sizing import Sizes
-from jaxengine.step_programs import INSTALL_SIZES, StepPrograms
+from jaxengine.step_programs import StepPrograms
 
 EOS_ROOM = 8  # ends of a sequence that a model may have without changing a shape
 ENOUGH_CONTEXTS = 2  # full-length requests per slot: a larger pool would only cache more prefixes

@@ -1,6 +1,7 @@
-"""Newly admitted requests as inputs of the program that installs them. Host only: NumPy."""
+"""Newly admitted requests as inputs of the programs that install them. Host only: NumPy."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,14 +11,27 @@ from jaxengine.request_state import InstallInputs
 Part = tuple[Request, int, list[int]]  # a request and its tokens from a position on
 
 
+class InstallSize(NamedTuple):
+    """Of a program; what is not filled of its inputs travels too."""
+
+    num_rows: int  # requests
+    num_tokens: int  # of their histories, together
+
+
+INSTALL_SIZES = InstallSize(8, 8192), InstallSize(64, 32768)
+
+
 def installs(
-    requests: Sequence[Request], empty: InstallInputs, pack: Callable[[Request], np.ndarray]
+    requests: Sequence[Request],
+    empties: Sequence[InstallInputs],
+    pack: Callable[[Request], np.ndarray],
 ) -> Iterator[InstallInputs]:
     """The inputs of as many calls as it takes: several requests in one, a long history in several.
 
-    `empty` installs nothing and is copied; `pack` gives a request's settings.
+    `empties` install nothing; the smallest that has room is copied, and the last has most. `pack`
+    gives a request's settings.
     """
-    max_rows, room = len(empty.slots), len(empty.tokens)
+    max_rows, room = len(empties[-1].slots), len(empties[-1].tokens)
     rows: list[Part] = []
     left = room
     for request in requests:
@@ -25,17 +39,25 @@ def installs(
         for start in range(0, len(tokens), room):
             part = tokens[start : start + room]
             if len(rows) == max_rows or len(part) > left:
-                yield _filled(empty, rows, pack)
+                yield _filled(empties, rows, pack)
                 rows, left = [], room
             rows.append((request, start, part))
             left -= len(part)
     if rows:
-        yield _filled(empty, rows, pack)
+        yield _filled(empties, rows, pack)
 
 
 def _filled(
-    empty: InstallInputs, rows: Sequence[Part], pack: Callable[[Request], np.ndarray]
+    empties: Sequence[InstallInputs],
+    rows: Sequence[Part],
+    pack: Callable[[Request], np.ndarray],
 ) -> InstallInputs:
+    num_tokens = sum(len(tokens) for _, _, tokens in rows)
+    empty = next(
+        empty
+        for empty in empties
+        if len(rows) <= len(empty.slots) and num_tokens <= len(empty.tokens)
+    )
     new = InstallInputs(*(field.copy() for field in empty))
     end = 0
     for index, (request, start, tokens) in enumerate(rows):

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxengine.compiling import Bucket, thinned
 from jaxengine.hidden_states import Launch, WantedStates
-from jaxengine.installs import installs
+from jaxengine.installs import INSTALL_SIZES, installs
 from jaxengine.launch import Outputs, Variant
 from jaxengine.logprobs import Told
 from jaxengine.packing import pack, padding
@@ -24,7 +24,7 @@ from jaxengine.request_state import RequestState
 from jaxengine.sampling.masks import everything, num_words
 from jaxengine.small_blocks import small_blocks
 from jaxengine.step_plan import StepPlan
-from jaxengine.step_programs import INSTALL_SIZES, StepPrograms
+from jaxengine.step_programs import StepPrograms
 from jaxengine.variants import Variants
 
 
@@ -58,7 +58,8 @@ class Runner:
         shows_progress: bool = False,
     ):
         self._params = tuple(jax.tree.leaves(params))
-        self._installs = [(steps.empty_install(size), executables[size]) for size in INSTALL_SIZES]
+        self._installs = {size.num_rows: executables[size] for size in INSTALL_SIZES}
+        self._empty_installs = [steps.empty_install(size) for size in INSTALL_SIZES]
         self._logits: dict[int, jax.Array] = {}  # of steps that pause, by their number of rows
         self._masks: dict[int, np.ndarray] = {}  # likewise
         self._steps: dict[Bucket, Any] = {
@@ -233,15 +234,8 @@ class Runner:
         request.memory = None
 
     def _admit(self, requests: Sequence[Request]) -> None:
-        num_tokens = sum(request.num_tokens for request in requests)
-        fitting = (
-            (empty, install)
-            for empty, install in self._installs
-            if len(requests) <= len(empty.slots) and num_tokens <= len(empty.tokens)
-        )
-        empty, install = next(fitting, self._installs[-1])
-        for new in installs(requests, empty, self._programs.pack_settings):
-            self._state = install(self._state, new)
+        for new in installs(requests, self._empty_installs, self._programs.pack_settings):
+            self._state = self._installs[len(new.slots)](self._state, new)
         for request in requests:
             if request.memory is not None:
                 self._restore(request)

@@ -5,7 +5,7 @@ or in two parts, and the programs that install requests. How they are run is the
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jaxengine import drawing, programs
 from jaxengine.compiling import Bucket
 from jaxengine.executables import Executables
 from jaxengine.functions import NO_FUNCTIONS, Functions
+from jaxengine.installs import InstallSize
 from jaxengine.launch import Asked, Options, Variant
 from jaxengine.memory import num_bytes
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels
@@ -23,16 +24,6 @@ from jaxengine.request_state import InstallInputs, RequestState, empty_request_s
 from jaxengine.sampling import num_fields, of_request, pack
 from jaxengine.sampling.masks import num_words
 from jaxengine.sampling_params import SamplingParams
-
-
-class InstallSize(NamedTuple):
-    """Of a program that installs requests; what is not filled of it travels too."""
-
-    num_rows: int
-    num_tokens: int  # of their histories
-
-
-INSTALL_SIZES = InstallSize(8, 8192), InstallSize(64, 32768)
 
 # Of XLA on a GPU. Large products are cuBLAS's, which are faster than Triton's there and need no
 # trying out of kernels that have to be compiled first. Of few rows it is the other way round, but

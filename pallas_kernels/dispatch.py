@@ -103,12 +103,8 @@ def fused_product(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any
 def many_row_gated(kernels: Kernels, shape: Any, dtype: Any) -> Callable[..., Any] | None:
     """The kernel for a gated product of such a `Shape`, of rows already normed and without biases;
     None: XLA's is to be taken."""
-    if not kernels.hopper_products:
-        return None
-    module, (_, T, F, D) = _module("many_row_gated"), shape
-    if module.unsupported(T=T, F=F, D=D, dtype=dtype) is not None:
-        return None
-    return partial(module.many_row_gated, interpret=kernels.interpret)
+    _, T, F, D = shape
+    return _many_row(kernels, "many_row_gated", T=T, F=F, D=D, dtype=dtype)
 
 
 def log_normalizer(
@@ -116,12 +112,13 @@ def log_normalizer(
 ) -> Callable[..., Any] | None:
     """The kernel for what makes `T` rows of `V` logits log-probabilities; None: XLA's logits are to
     be taken."""
-    if not kernels.hopper_products:
+    return _many_row(kernels, "log_normalizer", T=T, V=V, D=D, dtype=dtype)
+
+
+def _many_row(kernels: Kernels, name: str, **arrays: Any) -> Callable[..., Any] | None:
+    if not kernels.hopper_products or _module(name).unsupported(**arrays) is not None:
         return None
-    module = _module("log_normalizer")
-    if module.unsupported(T=T, V=V, D=D, dtype=dtype) is not None:
-        return None
-    return partial(module.log_normalizer, interpret=kernels.interpret)
+    return partial(getattr(_module(name), name), interpret=kernels.interpret)
 
 
 def _fitting(which: int, backend: str | None, problem: Problem) -> str:

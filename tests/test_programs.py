@@ -16,6 +16,7 @@ from tiny import tiny_config
 from jaxengine import models, programs
 from jaxengine.compiling import Bucket
 from jaxengine.functions import NO_FUNCTIONS, Functions
+from jaxengine.installs import INSTALL_SIZES, installs
 from jaxengine.launch import Asked, Options, Part, Variant
 from jaxengine.logprobs import Wanted
 from jaxengine.memory import num_bytes
@@ -27,12 +28,13 @@ from jaxengine.models.interface import Batch
 from jaxengine.models.layers import project
 from jaxengine.models.shapes import SHAPES
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
+from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
 from jaxengine.sampling import num_fields
+from jaxengine.sampling_params import SamplingParams
 from jaxengine.step_plan import NOBODY_ASKS
 from jaxengine.step_programs import (
     CUBLAS_OPTIONS,
-    INSTALL_SIZES,
     LONG_OPTIONS,
     StepPrograms,
     compiler_options,
@@ -96,6 +98,44 @@ def test_installing_a_request_keeps_the_state_in_place(tiny: StepPrograms) -> No
     for size in INSTALL_SIZES:
         analysis = tiny.trace_install(size)().memory_analysis()
         assert analysis.alias_size_in_bytes >= num_bytes(tiny.state_shapes)
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "length", "sizes"),
+    [(0, 1, []), (1, 3, [2]), (3, 3, [4]), (6, 3, [4, 2]), (2, 10, [4, 4]), (1, 20, [4, 2])],
+)
+def test_the_smallest_program_with_room_installs(
+    num_requests: int, length: int, sizes: list[int]
+) -> None:
+    zeros: Any = partial(np.zeros, dtype=np.int32)
+    empties = [
+        InstallInputs(
+            zeros(rows), zeros(rows), zeros(rows), zeros((rows, 1)), zeros((rows, 4)), zeros(tokens)
+        )
+        for rows, tokens in ((2, 8), (4, 16))
+    ]
+    requests = [
+        Request(
+            rid=str(slot),
+            prompt_ids=list(range(length)),
+            sampling=SamplingParams(),
+            max_new_tokens=1,
+            stop_token_ids=frozenset(),
+            seed=0,
+            slot=slot,
+        )
+        for slot in range(num_requests)
+    ]
+    calls = list(installs(requests, empties, lambda request: zeros(1)))
+    assert [len(new.slots) for new in calls] == sizes
+    given: dict[int, list[int]] = {}
+    for new in calls:
+        for slot, end, count in zip(
+            new.slots, np.cumsum(new.num_tokens), new.num_tokens, strict=True
+        ):
+            given.setdefault(int(slot), []).extend(new.tokens[end - count : end].tolist())
+    assert given == {slot: list(range(length)) for slot in range(num_requests)}
+    assert not any(leaf.any() for empty in empties for leaf in empty)
 
 
 HOPPER = Problem(capability=(9, 0), dtype="bfloat16", head_size=128, group_size=4, page_size=16)
