@@ -154,12 +154,7 @@ class Consumer(NamedTuple):
             # A tanh: the GPU's own has 11 bits, too few for a score.
             scores = 1 - 2 / (1 + jnp.exp2(scores * (2 * LOG2_E * shape.scale / shape.soft_cap)))
         if masked:
-            iota = self.products.iota
-            key, last = iota(scores.shape, 1), iota(scores.shape, 0) + ahead
-            visible = key <= last
-            if shape.window is not None:
-                visible &= key > last - shape.window
-            scores = jnp.where(visible, scores, max(MASKED / scale, -3e38))
+            scores = self.products.mask(scores, ahead, shape.window, max(MASKED / scale, -3e38))
         peak = jnp.maximum(sums.peak, scores.max(axis=1) * scale)
         weights = jnp.exp2(scores * scale - over(peak, scores))
         shrink = jnp.exp2(sums.peak - peak)
