@@ -57,7 +57,7 @@ class Config:
     stages: int = 2  # steps of K and V in shared memory
     own_output: bool = True  # the output does not reuse the memory of the queries
     blocks: int = 132  # the multiprocessors of an H100 or H200
-    section_bytes: int = 2**26  # of K and V that are worked on at a time
+    section_bytes: int = 2**26  # of K and V that are worked on at a time, about an L2 cache
 
 
 def config_for(head_size: int) -> Config:

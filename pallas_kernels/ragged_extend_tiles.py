@@ -44,7 +44,9 @@ def cut_into_tiles(
 
     Tokens of no row, or of a row that is too short, have tiles that see nothing: so every token of
     the output is written. Rows whose caches hold about `section` tokens are worked on together,
-    while those are in the L2 cache; among them the tiles with most keys come first.
+    so that K and V are mostly found in the L2 cache; among them the tiles with most keys come
+    first. (In many sections blocks would be less even: those with the longest tiles of one may
+    have had the longest of another.)
     """
     T, B = num_tokens, len(query_lens)
     starts, ends = find_segments(query_starts, query_lens, T, min_query_len)

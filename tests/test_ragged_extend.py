@@ -204,6 +204,29 @@ def test_tiles_with_most_keys_come_first():
         assert of_rows[:, tiles.Column.END_STEP].tolist() == expected
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("groups", [8, 16])
+def test_no_block_has_much_more_to_do_than_another(num_rows, groups):
+    config, T = Config(), 8192
+    lens = jnp.full(num_rows, T // num_rows, jnp.int32)
+    table, count = tiles.cut_into_tiles(
+        jnp.cumsum(lens) - lens,
+        lens,
+        lens,
+        num_tokens=T,
+        size=64,
+        keys=config.keys,
+        window=None,
+        min_query_len=1,
+        section=config.section_bytes // (2 * 8 * 128 * 2),
+    )
+    steps = np.asarray(table)[: int(count[0]), tiles.Column.END_STEP]
+    turn, place = np.divmod(np.arange(len(steps) * groups), config.blocks)
+    block = np.where(turn % 2 == 0, place, config.blocks - 1 - place)  # as `for_each_tile` does
+    work = np.bincount(block, weights=np.repeat(steps, groups) + 1)  # 1: a tile's begin and end
+    assert work.max() < 1.05 * work.mean()
+
+
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
