@@ -106,7 +106,7 @@ def _mask(scores: jax.Array, ahead: jax.Array, window: int | None, masked: float
         arg_types=(LAYOUT, plgpu.Layout.WG_SPLAT),
         return_type=plgpu.ShapeDtypeStruct(scores.shape, scores.dtype, LAYOUT),
     )
-    return inline(emit)(scores, jnp.asarray(ahead, jnp.int32))
+    return inline(emit)(scores, ahead)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

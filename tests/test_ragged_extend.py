@@ -2,6 +2,7 @@
 where there is a GPU. What no row owns, the rest of each last page included, is NaN."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxengine.pallas_kernels.ragged_extend import (
     ragged_extend,
     unsupported,
 )
+from jaxengine.pallas_kernels.ragged_extend_producer import for_each_tile
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
@@ -220,10 +222,17 @@ def test_no_block_has_much_more_to_do_than_another(num_rows, groups):
         min_query_len=1,
         section=config.section_bytes // (2 * 8 * 128 * 2),
     )
-    steps = np.asarray(table)[: int(count[0]), tiles.Column.END_STEP]
-    turn, place = np.divmod(np.arange(len(steps) * groups), config.blocks)
-    block = np.where(turn % 2 == 0, place, config.blocks - 1 - place)  # as `for_each_tile` does
-    work = np.bincount(block, weights=np.repeat(steps, groups) + 1)  # 1: a tile's begin and end
+    shape: Any = SimpleNamespace(N=2 * groups, heads=2, blocks=config.blocks)
+    refs: Any = SimpleNamespace(num_tiles=count)
+
+    def work_of(tile: jax.Array, *_: Any) -> jax.Array:
+        return table[tile, tiles.Column.END_STEP] + 1  # for its begin and end
+
+    work_of_block = lambda block: for_each_tile(shape, refs, block, work_of)
+    work = np.asarray(jax.vmap(work_of_block)(jnp.arange(config.blocks)))
+    assert (
+        work.sum() == (np.asarray(table)[: int(count[0]), tiles.Column.END_STEP] + 1).sum() * groups
+    )
     assert work.max() < 1.05 * work.mean()
 
 
