@@ -19,6 +19,9 @@ from jaxengine.logprob_inputs import (
 from jaxengine.sampling_params import SamplingParams
 from jaxengine.state_inputs import AskedStates, states_of
 
+PLAIN = frozenset({bool, float, int, str, type(None)})
+"""Types of which equal values are the same."""
+
 
 class Entry(NamedTuple):
     """One sample to be generated."""
@@ -149,13 +152,27 @@ def _sampling(given: Any, count: int, defaults: Mapping[str, Any]) -> list[Sampl
         raise ValueError(
             f"sampling_params: expected one dict, or {count}, one per prompt; got {len(given)}"
         )
+    known: dict[Any, SamplingParams] = {}  # most calls have few different ones, often one
     params = []
     for index, each in enumerate(given):
-        try:
-            params.append(_one_sampling(each, defaults))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"prompt {index}: {error}") from None
+        key = _key_of(each)
+        one = known.get(key)
+        if one is None:
+            try:
+                one = _one_sampling(each, defaults)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"prompt {index}: {error}") from None
+            if key is not None:
+                known[key] = one
+        params.append(one)
     return params
+
+
+def _key_of(given: Any) -> Any:
+    """Equal for dictionaries that are so in every respect; None for what that is not known of."""
+    if type(given) is not dict or not PLAIN.issuperset(map(type, given.values())):
+        return None
+    return tuple((name, type(value), value) for name, value in given.items())
 
 
 def _one_sampling(given: Any, defaults: Mapping[str, Any]) -> SamplingParams:

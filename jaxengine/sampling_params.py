@@ -116,10 +116,10 @@ class SamplingParams:
         if not isinstance(values, Mapping):
             kind = type(values).__name__
             raise TypeError(f"sampling_params: expected a dict of parameters, got a {kind}")
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = cls.__dataclass_fields__
         for name in values:
             if name not in known:
-                raise TypeError(_unknown(name, known))
+                raise TypeError(_unknown(name, list(known)))
         return cls(**values)
 
     @property
@@ -189,12 +189,11 @@ class SamplingParams:
         self._set(name, value)
 
     def _set_flags(self) -> None:
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, bool):
-                value = getattr(self, field.name)
-                if value is not None and not isinstance(value, bool):
-                    raise ValueError(f"{field.name}: expected True or False, got {value!r}")
-                self._set(field.name, field.default if value is None else value)
+        for name in FLAGS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name}: expected True or False, got {value!r}")
+            self._set(name, _default_of(name) if value is None else value)
 
     def _set_functions(self) -> None:
         for name in ("logits_processors", "interventions"):
@@ -226,6 +225,11 @@ class SamplingParams:
                 f"{given[1]}: expected at most one of {', '.join(GRAMMARS)}, got "
                 f"{' and '.join(given)}; leave out all but one"
             )
+
+
+FLAGS = tuple(
+    field.name for field in dataclasses.fields(SamplingParams) if isinstance(field.default, bool)
+)
 
 
 def _unknown(name: Any, known: list[str]) -> str:

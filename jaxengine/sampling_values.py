@@ -27,10 +27,12 @@ that grow with the square of its length, at worst 3 s and 1 GB here. Schemas are
 
 
 def is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def is_finite(value: Any) -> bool:
+    if type(value) is float:
+        return math.isfinite(value)
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:

@@ -108,6 +108,15 @@ def test_one_dictionary_serves_all_and_a_list_one_each():
     assert [entry.sampling.top_k for entry in own] == [3, 4]
 
 
+def test_dictionaries_that_are_equal_in_every_respect_are_checked_once():
+    given = [{"top_k": 3}, {"top_k": 3}, {"top_k": 4}, {"stop": ["a"]}, {"stop": ["a"]}]
+    one, same, other, *lists = (entry.sampling for entry in normalised(["a"] * 5, given).entries)
+    assert one is same and (one.top_k, other.top_k) == (3, 4)
+    assert [each.stop for each in lists] == [("a",), ("a",)]
+    with pytest.raises(ValueError, match="prompt 1: n: expected an integer"):
+        normalised(["a", "b"], [{"n": 1}, {"n": True}])  # equal, yet another thing
+
+
 def test_defaults_lie_under_what_is_asked_for():
     defaults = {"temperature": 0.5, "top_k": 7}
     [entry] = normalised("a", {"top_k": 3}, defaults=defaults).entries
