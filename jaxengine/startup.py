@@ -4,6 +4,7 @@ thread.
 It is the one place where all the parts are put together; what each of them does is told elsewhere.
 """
 
+import gc
 import logging
 import random
 import time
@@ -115,6 +116,10 @@ def start(args: ServerArgs, functions: Functions = NO_FUNCTIONS) -> Started:
             num_pages,
             shows_progress=args.show_progress,
         )
+        if device.platform != "cpu":
+            # Python looks through all that has been imported and compiled once it is a quarter more
+            # than at the last time. That takes 0.5 s, for which a device would wait in some call.
+            gc.collect()
     random_seed = random.getrandbits(30) if args.random_seed is None else args.random_seed
     counter, profiler = CompileCounter(), Profiler()
     scheduler = _scheduler(args, sizes, num_pages, found, random_seed)
