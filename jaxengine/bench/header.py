@@ -30,7 +30,8 @@ def footer(options: Options, num_compilations: int) -> Iterator[str]:
 
 def _described(facts: Facts, options: Options) -> dict[str, str]:
     model, engine, start = facts["model"], facts["engine"], facts["start"]
-    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start["phases"].items())
+    parts = ((name, seconds) for name, seconds in start["phases"].items() if name != "total")
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts)
     size, unit = (1e9, "B") if model["num_params"] >= 1e8 else (1e6, "M")
     count = f"{number(model['num_params'] / size)} {unit}"
     lines = {

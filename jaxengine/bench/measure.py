@@ -30,7 +30,7 @@ class Measured:
 
     @property
     def busy_share(self) -> float | None:
-        """Share of the call's wall time in which a step was in flight; a lower bound."""
+        """Share of the call's wall time in which a step was in flight."""
         return self.usage.busy_seconds / self.usage_seconds if self.usage else None
 
     @property

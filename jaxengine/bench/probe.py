@@ -1,16 +1,17 @@
 """How busy a run keeps the device, and what a step costs the host: a runner that wraps the engine's
 own and looks at the clock. No profiler: that would switch the graphs off.
 
-The device counts as busy while a step is known to be in flight: from when its launch has returned
-to when its tokens are there. The end of a step is known exactly where the loop waits for it. Else
-the step is asked whether it is done, at each call; the time between the last "no" and the first
-"yes" counts as idle, so the share is a lower bound. The host's time is all that the loop's thread
-does but wait for tokens: plan, launch, deliver.
+The device counts as busy while a step is in flight: from when its launch has returned, or the step
+before has ended, to its own end. Another thread waits for that, since the engine's asks for tokens
+late; it may hear of an end some milliseconds after it, where that one is amid something. The host's
+time is all that the engine's thread does but wait for tokens: plan, launch, deliver.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,38 +30,38 @@ class Usage(NamedTuple):
 
 
 class Probe:
-    """A `StepRunner` that counts; whatever else is asked of it, the wrapped runner answers."""
+    """A `StepRunner` that counts; whatever else is asked of it, the wrapped runner answers.
 
-    def __init__(self, runner: StepRunner, clock: Callable[[], float] = time.perf_counter):
+    `watch` gives the time at which a submitted step ends, once it has.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        watch: Callable[[Any], Future[float]],
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self._runner = runner
+        self._watch = watch
         self._clock = clock
-        self._newest: Any = None  # the last step launched; None once it is seen done
-        self._seen = 0.0  # when it was last seen in flight
-        self._num_launches = self._num_steps = 0
-        self._busy = self._waited = 0.0
+        self._launches: list[tuple[float, Future[float]]] = []  # when it returned; when it ends
+        self._num_steps = 0
+        self._waited = 0.0
         self._first: float | None = None
         self._last = 0.0
 
     def submit(self, plan: Any, *packed: Any) -> Any:
         self._look()
         submitted = self._runner.submit(plan, *packed)
-        self._look()
-        self._newest, self._seen = submitted, self._last
-        self._num_launches += 1
+        self._launches.append((self._look(), self._watch(submitted)))
         self._num_steps += max(plan.num_steps, 1)  # a launch may be several steps
         return submitted
 
     def collect(self, submitted: Any) -> Any:
-        self._look()
-        waits, asked = not _is_done(submitted), self._last
+        asked, waits = self._look(), not _is_done(submitted)
         tokens = self._runner.collect(submitted)
-        now = self._clock()
-        if waits:
-            self._waited += now - asked
-            # The steps run one after the other: until now this one was in flight.
-            self._busy += now - self._seen
-            self._seen = now
-        self._look()
+        now = self._look()
+        self._waited += now - asked if waits else 0.0
         return tokens
 
     def close(self) -> None:
@@ -70,29 +71,26 @@ class Probe:
         return getattr(self._runner, name)
 
     def usage(self) -> Usage:
+        """Waits for the end of what was launched."""
         first = self._last if self._first is None else self._first
-        host = self._last - first - self._waited
+        busy, free = 0.0, first  # steps run one after the other
+        for launched, end in self._launches:
+            busy += max(0.0, end.result() - max(launched, free))
+            free = max(free, end.result())
         return Usage(
-            num_launches=self._num_launches,
+            num_launches=len(self._launches),
             num_steps=self._num_steps,
-            busy_seconds=self._busy,
-            host_seconds=host,
+            busy_seconds=busy,
+            host_seconds=self._last - first - self._waited,
             first=first,
             last=self._last,
         )
 
-    def _look(self) -> None:
-        """Counts the time since the last look if the newest step is still in flight."""
+    def _look(self) -> float:
         self._last = self._clock()
         if self._first is None:
             self._first = self._last
-        if self._newest is None:
-            return
-        if _is_done(self._newest):
-            self._newest = None
-        else:
-            self._busy += self._last - self._seen
-            self._seen = self._last
+        return self._last
 
 
 @contextmanager
@@ -100,13 +98,22 @@ def probed(engine: Engine) -> Iterator[Probe]:
     """The engine with a probe in its loop; it must be idle at both ends."""
     loop = engine._loop
     runner = loop.runner
-    probe = Probe(runner)
-    loop.call(lambda: setattr(loop, "runner", probe)).result()
-    try:
-        yield probe
-    finally:
-        if loop.is_alive:
-            loop.call(lambda: setattr(loop, "runner", runner)).result()
+    with ThreadPoolExecutor(1) as thread:
+        probe = Probe(runner, partial(thread.submit, _end_of))
+        loop.call(lambda: setattr(loop, "runner", probe)).result()
+        try:
+            yield probe
+        finally:
+            if loop.is_alive:
+                loop.call(lambda: setattr(loop, "runner", runner)).result()
+
+
+def _end_of(submitted: Any) -> float:
+    for leaf in jax.tree.leaves(submitted):
+        if isinstance(leaf, jax.Array):
+            with suppress(RuntimeError):  # it was taken over by a later step
+                leaf.block_until_ready()
+    return time.perf_counter()
 
 
 def _is_done(submitted: Any) -> bool:

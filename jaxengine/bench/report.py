@@ -14,7 +14,7 @@ floor      what the ceilings allow at best for the bytes and operations that the
 of floor   share of that limit which was reached; above 100 % the ceilings are too low
 vs it      speed as a multiple of the reference's; above 1 is faster
 spread     (largest - smallest) / median of the repetitions
-gpu busy   share of the call's wall time in which the device had a step in flight, at least
+gpu busy   share of the call's wall time in which the device had a step in flight
 host       what the engine's thread works for each step; waiting for tokens does not count
 """
 
