@@ -20,7 +20,7 @@ from jaxengine.sampling_params import SamplingParams
 from jaxengine.state_inputs import AskedStates, states_of
 
 PLAIN = frozenset({bool, float, int, str, type(None)})
-"""Types of which equal values are the same."""
+"""Types whose equal values are the same in every respect."""
 
 
 class Entry(NamedTuple):
@@ -156,14 +156,12 @@ def _sampling(given: Any, count: int, defaults: Mapping[str, Any]) -> list[Sampl
     params = []
     for index, each in enumerate(given):
         key = _key_of(each)
-        one = known.get(key)
-        if one is None:
-            try:
-                one = _one_sampling(each, defaults)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"prompt {index}: {error}") from None
-            if key is not None:
-                known[key] = one
+        try:
+            one = known.get(key) or _one_sampling(each, defaults)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompt {index}: {error}") from None
+        if key is not None:
+            known[key] = one
         params.append(one)
     return params
 

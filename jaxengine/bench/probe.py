@@ -61,7 +61,8 @@ class Probe:
         asked, waits = self._look(), not _is_done(submitted)
         tokens = self._runner.collect(submitted)
         now = self._look()
-        self._waited += now - asked if waits else 0.0
+        if waits:
+            self._waited += now - asked
         return tokens
 
     def close(self) -> None:
@@ -109,6 +110,7 @@ def probed(engine: Engine) -> Iterator[Probe]:
 
 
 def _end_of(submitted: Any) -> float:
+    """When all that a step made is there. Array by array: one that is gone ends no other's wait."""
     for leaf in jax.tree.leaves(submitted):
         if isinstance(leaf, jax.Array):
             with suppress(RuntimeError):  # it was taken over by a later step
