@@ -1,5 +1,5 @@
 ## make demo       text from the embedded model; the first call sets everything up
-## make test       the tests, on the CPU
+## make test       the tests, on the CPU, in up to four processes
 ## make test-gpu   the tests that need an NVIDIA GPU
 ## make lint       format, lint and types;  `make format` repairs the first two
 ## make clean      removes the environment and what was built
@@ -59,7 +59,7 @@ demo: $(ready)
 	@$(run) examples/demo.py
 
 test: $(ready_for_tests)
-	@$(run) -m pytest $(PYTEST_ARGS)
+	@$(run) -m pytest $(or $(PYTEST_ARGS),-n auto --maxprocesses 4 --dist loadfile)
 
 test-gpu: $(ready_for_tests)
 	@JAXENGINE_TEST_GPU=1 $(run) -m pytest -m gpu $(PYTEST_ARGS)

@@ -1,6 +1,7 @@
 """What every test runs under: the CPU unless asked otherwise, strict JAX, array annotations that
 are executed, and a compile cache that outlives the run."""
 
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ import pytest
 ON_GPU = os.environ.get("JAXENGINE_TEST_GPU") == "1"
 if not ON_GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Programs run a few times only, so the compilers' time counts; with XLA_FLAGS given, even if
+    # empty, they compile as asked.
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    if importlib.metadata.version("jax").startswith("0.10."):  # later ones have but one emitter
+        quick += " --xla_cpu_use_fusion_emitters=false"
+    os.environ.setdefault("XLA_FLAGS", quick)
 else:  # trying out products on the device, one after the other, would take most of the time
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {given}"

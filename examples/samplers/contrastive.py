@@ -30,7 +30,7 @@ def processor(logits_of: LogitsOf) -> LogitsProcessor:
     ) -> Float[Array, " V"]:
         expert = jax.nn.log_softmax(logits)
         amateur = jax.nn.log_softmax(logits_of(row.tokens, row.length) / params["temperature"])
-        is_plausible = expert >= expert.max() + jnp.log(params["alpha"])
+        is_plausible = logits >= logits.max() + jnp.log(params["alpha"])
         return jnp.where(is_plausible, expert - amateur, -jnp.inf)
 
     return LogitsProcessor(function=contrast, params={"alpha": 0.1, "temperature": 1.0})

@@ -40,8 +40,9 @@ def truncate(
     scaled = logits / temperature_of(row)
     log_norm = jax.nn.logsumexp(scaled)
     surprise = (log_norm - scaled) / jnp.log(2.0)
-    limit = jnp.maximum(state.max_surprise, surprise.min())
-    return jnp.where(surprise <= limit, logits, -jnp.inf), state._replace(log_norm=log_norm)
+    is_likeliest = jnp.arange(len(logits)) == logits.argmax()
+    stays = (surprise <= state.max_surprise) | is_likeliest
+    return jnp.where(stays, logits, -jnp.inf), state._replace(log_norm=log_norm)
 
 
 def after(

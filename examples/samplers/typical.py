@@ -31,10 +31,12 @@ def typical(
     probs = jnp.exp(log_probs)
     entropy = jax.scipy.special.entr(probs).sum()
     distance = jnp.abs(log_probs + entropy)
-    sorted_distance, sorted_probs = lax.sort_key_val(distance, probs)
-    num_before = (jnp.cumsum(sorted_probs) < params["mass"]).sum()
-    limit = sorted_distance[jnp.minimum(num_before, len(logits) - 1)]  # rounded sums may miss 1
-    return jnp.where(distance <= limit, logits, -jnp.inf)
+    tokens = jnp.arange(len(logits))
+    distance, probs, tokens = lax.sort((distance, probs, tokens), num_keys=1)
+    num_before = (jnp.cumsum(probs) < params["mass"]).sum()
+    limit = distance[jnp.minimum(num_before, len(logits) - 1)]  # rounded sums may miss 1
+    stays = jnp.zeros_like(logits, bool).at[tokens].set(distance <= limit)
+    return jnp.where(stays, logits, -jnp.inf)
 
 
 PROCESSOR = LogitsProcessor(function=typical, params={"mass": 0.9})

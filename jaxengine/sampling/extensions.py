@@ -53,6 +53,9 @@ class LogitsProcessor(Function):
     `(logits, params, row, state) -> (logits, state)`. `after(state, params, row, token, logits) ->
     state` is told which token was drawn, and from which logits. `batched` functions get all rows
     at once, `logits [B, V]` and everything else with a leading B.
+
+    XLA may compute a value twice and round it differently, so that `x <= x.min()` holds nowhere:
+    what must stay is told by its index, `x.argmin()`. A row of -inf alone ends its request.
     """
 
     init: Callable[..., Any] | None = None
