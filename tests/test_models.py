@@ -1,5 +1,6 @@
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -197,7 +198,8 @@ def paged_logits(model, sequences, prompt_lens, chunk=16, page_size=4, kernels=X
     cache = tuple(jnp.full(shape, jnp.nan, dtype) for _ in range(config.num_layers))
     graph, state = nnx.split(model)
 
-    @jax.jit
+    # Interpreted kernels run longer than they compile.
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def step(state, batch, cache):
         model = nnx.merge(graph, state)
         hidden, cache = model(batch, cache, kernels)
