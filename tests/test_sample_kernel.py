@@ -55,12 +55,15 @@ def in_kernel(
 
 # The kernel looks for a score that equals the largest. On a GPU it computes each once; interpreted,
 # XLA may compute one twice, and LLVM rounds both alike only where it optimizes.
-optimized = partial(
-    jax.jit,
-    static_argnames=("config", "interpret"),
-    compiler_options={"xla_backend_optimization_level": 3},
+run = partial(
+    jax.jit(
+        in_kernel,
+        static_argnames=("config", "interpret"),
+        compiler_options={"xla_backend_optimization_level": 3},
+    ),
+    config=SMALL,
+    interpret=True,
 )
-run = partial(optimized(in_kernel), config=SMALL, interpret=True)
 
 
 def check(logits, rows: list[dict], *, seed: int = 0, **how) -> np.ndarray:
