@@ -9,6 +9,8 @@ decoding rows and any mixture of them are one program, and a decode program goes
 many steps as it was made for.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -72,6 +74,11 @@ def read(
     is_active = rows.query_lens > 0
     if num_tokens is None:
         batch = _decode_batch(state.tokens, page_table, settings.sampling, rows, is_active, 0)
+        if num_drawing is not None and num_drawing < len(
+            is_active
+        ):  # others are of their sequences
+            kernels = replace(options.kernels, fuses_decode=False)
+            options = options._replace(kernels=kernels)
     else:
         batch = _ragged_batch(state.tokens, page_table, settings.sampling, rows, num_tokens)
     hidden, cache, states = _pass(model, batch, cache, settings, options)

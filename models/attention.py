@@ -46,23 +46,25 @@ def attend(
         return attend_within(q, k, v, batch, scale=scale, window=window), None
     num_pages, _, _, page_size, _ = cache.shape
     page_ids, offsets = write_pages(batch, num_pages, page_size), batch.positions % page_size
+    turn: dict[str, Any] = dict(
+        cos=by.cos,
+        sin=by.sin,
+        page_ids=page_ids,
+        offsets=offsets,
+        q_norm=norms and norms.q,
+        k_norm=norms and norms.k,
+        eps=norms.eps if norms else 0.0,
+    )
+    fused = dispatch.rotate_write_and_decode(kernels)
+    if fused is not None and batch.query_starts is None:
+        rows = dict(kv_lens=batch.kv_lens, page_table=batch.page_table)
+        return fused(qkv, cache, **turn, **rows, scale=scale, window=window)
     if kernels.rotation == "xla":
         q, k, v = prepare(qkv, by, norms)
         cache = write_kv(cache, k, v, page_ids, offsets)
     else:
-        q, cache = rotate_and_write(
-            qkv,
-            cache,
-            cos=by.cos,
-            sin=by.sin,
-            page_ids=page_ids,
-            offsets=offsets,
-            q_norm=norms and norms.q,
-            k_norm=norms and norms.k,
-            eps=norms.eps if norms else 0.0,
-            launches_early=kernels.launches_early,
-            interpret=kernels.interpret,
-        )
+        turn |= dict(launches_early=kernels.launches_early, interpret=kernels.interpret)
+        q, cache = rotate_and_write(qkv, cache, **turn)
     return attend_pages(q, cache, batch, scale=scale, window=window, kernels=kernels), cache
 
 

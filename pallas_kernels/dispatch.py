@@ -23,6 +23,7 @@ class Kernels:
     decode: str = "xla"  # attention of rows of one token
     extend: str = "xla"  # attention of rows of more
     rotation: str = "xla"  # head norms, rotary embedding and KV write
+    fuses_decode: bool = False  # both in one for rows of one token that are of as many sequences
     sampling: str = "xla"
     max_few_rows: int = 0  # products of so many rows at most have a kernel of their own
     hopper_products: bool = False  # and others those for Hopper's tensor cores
@@ -63,6 +64,7 @@ def choose(backend: str | None, problem: Problem, *, mixes_decode: bool = False)
         decode=decode,
         extend=extend,
         rotation="triton",
+        fuses_decode=decode == "mosaic" and _can_fuse(problem.head_size),
         sampling="triton",
         max_few_rows=MAX_FEW_ROWS,
         hopper_products=_takes_hopper_products(backend, problem),
@@ -74,6 +76,15 @@ def choose(backend: str | None, problem: Problem, *, mixes_decode: bool = False)
 def paged_decode(kernels: Kernels) -> Callable[..., Any] | None:
     """Attention of rows of one token; None: the reference does it."""
     return _attention(0, kernels.decode, kernels.interpret)
+
+
+def rotate_write_and_decode(kernels: Kernels) -> Callable[..., Any] | None:
+    """Rotation, KV write and attention of rows of one token, no two of one sequence; None: one
+    after the other."""
+    if not kernels.fuses_decode:
+        return None
+    kernel = _module("paged_decode").rotate_write_and_decode
+    return partial(kernel, interpret=kernels.interpret)
 
 
 def ragged_extend(kernels: Kernels) -> Callable[..., Any] | None:
@@ -129,6 +140,10 @@ def _fitting(which: int, backend: str | None, problem: Problem) -> str:
     raise ValueError(
         f"attention_backend: {backend} cannot be used here: {reason}; leave it out for one that can"
     )
+
+
+def _can_fuse(head_size: int) -> bool:
+    return _module("paged_decode").unsupported_fused(head_size) is None
 
 
 def _takes_hopper_products(backend: str | None, problem: Problem) -> bool:

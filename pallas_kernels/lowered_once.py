@@ -6,7 +6,7 @@ a program that is the kernel alone. There a kernel has become one custom call, w
 in its attributes; other programs make the same call by JAX's foreign function interface.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ def lowered_once(
     *static: Hashable,
     results: tuple[jax.ShapeDtypeStruct, ...],
     length: int = 0,
+    in_place: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """The call of arrays that `make(*static, results, interpret)` returns, a kernel for an NVIDIA
@@ -31,7 +32,9 @@ def lowered_once(
     It is lowered when it is first called with arrays of such shapes. First axes shorter than
     `length` count as so long: where an element is does not depend on them. Such a kernel must stay
     within its arrays by itself, and ask none how long it is; the grid of one in Triton runs over
-    the first axis of the first result. An interpreted kernel is traced in its place.
+    the first axis of the first result. `in_place` says of which argument which result has the
+    memory, for Mosaic, whose kernels do not. An interpreted kernel is traced in its place, and has
+    no memory in common.
     """
     if interpret:
         return make(*static, results, True)
@@ -41,7 +44,7 @@ def lowered_once(
         kernel = jax.ffi.ffi_call(
             operation.attributes["call_target_name"].value,
             results,
-            input_output_aliases=_aliases(operation),
+            input_output_aliases=_aliases(operation) | dict(in_place or {}),
         )
         attributes = _attributes(operation)
         if length and "grid_x" in attributes:

@@ -96,12 +96,102 @@ def paged_decode(
 
     `interpret` runs on a CPU, with plain operations in place of those that know a GPU's registers.
     """
-    (B, N, H), K, page_size = q.shape, cache.shape[2], cache.shape[3]
+    B, N, H = q.shape
+    out, _ = _attend(
+        q.reshape(B * N, H),
+        cache,
+        {},
+        num_heads=N,
+        kv_lens=kv_lens,
+        page_table=page_table,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        config=config,
+        plan=plan,
+        interpret=interpret,
+    )
+    return out
+
+
+def rotate_write_and_decode(
+    qkv: Float[Array, "B K G2 H"],
+    cache: Float[Array, "pages 2 K page_size H"],
+    *,
+    cos: Float[Array, "B half_H"],
+    sin: Float[Array, "B half_H"],
+    page_ids: Int[Array, " B"],
+    offsets: Int[Array, " B"],
+    q_norm: Float[Array, " H"] | None = None,
+    k_norm: Float[Array, " H"] | None = None,
+    eps: float = 0.0,
+    kv_lens: Int[Array, " B"],
+    page_table: Int[Array, "B P"],
+    scale: float,
+    window: int | None,
+    soft_cap: float | None = None,
+    config: Config | None = None,
+    plan: Plan | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N H"], Float[Array, "pages 2 K page_size H"]]:
+    """`rotate_and_write` and `paged_decode` in one kernel: attention, and the cache with each row's
+    K and V in its place; the same buffer if it is donated.
+
+    Arguments are theirs, `page_ids` and `offsets` being those of the last token of each row. No row
+    sees what another one writes: no two may be of one sequence. A row whose page id is `pages` or
+    more writes nothing, but sees its own K and V all the same.
+    """
+    B, K, width, H = qkv.shape
+    if reason := unsupported_fused(H):
+        raise ValueError(f"rotate_write_and_decode: {reason}")
+    own = dict(cos=cos, sin=sin, page_ids=page_ids, offsets=offsets, q_norm=q_norm, k_norm=k_norm)
+    own |= dict(page_ids=jnp.where(page_ids < len(cache), page_ids, -1))
+    out, new_cache = _attend(
+        qkv.reshape(-1, H),
+        cache,
+        {name: array for name, array in own.items() if array is not None},
+        eps=float(eps),
+        num_heads=K * (width - 2),
+        kv_lens=kv_lens,
+        page_table=page_table,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        config=config,
+        plan=plan,
+        interpret=interpret,
+    )
+    assert new_cache is not None
+    if interpret:  # there it is another array, with nothing but what was written
+        places = page_ids, slice(None), slice(None), offsets
+        written = new_cache.at[places].get(mode="clip")
+        new_cache = cache.at[places].set(written, mode="drop", unique_indices=True)
+    return out, new_cache
+
+
+def _attend(
+    q: Float[Array, "heads H"],
+    cache: Float[Array, "pages 2 K page_size H"],
+    own: dict[str, Array],
+    *,
+    num_heads: int,
+    kv_lens: Int[Array, " B"],
+    page_table: Int[Array, "B P"],
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    config: Config | None,
+    plan: Plan | None,
+    interpret: bool,
+    eps: float = 0.0,
+) -> tuple[Float[Array, "B N H"], Float[Array, "pages 2 K page_size H"] | None]:
+    """The call of the kernel, which prepares queries if it is given what their `own` tokens need;
+    its result, and the cache if it was written."""
+    B, N, (_, _, K, page_size, H) = len(kv_lens), num_heads, cache.shape
     config = config_for(head_size=H, group_size=N // K) if config is None else config
     if plan is None:
-        plan = plan_for(
-            kv_lens, num_heads=N, num_kv_heads=K, head_size=H, window=window, config=config
-        )
+        heads = dict(num_heads=N, num_kv_heads=K, head_size=H)
+        plan = plan_for(kv_lens, **heads, window=window, config=config)
     problem = Problem(
         N=N,
         K=K,
@@ -113,18 +203,34 @@ def paged_decode(
         scale=float(scale),
         window=window,
         soft_cap=soft_cap,
+        prepares=bool(own),
+        eps=eps,
     )
-    results = (
-        jax.ShapeDtypeStruct((B, N * H), q.dtype),
-        jax.ShapeDtypeStruct((problem.blocks, H, problem.C), jnp.float32),  # means of V
-        jax.ShapeDtypeStruct((problem.blocks, problem.C), jnp.float32),  # logs of their weights
-    )
-    call = lowered_once(_kernel, problem, results=results, length=LONGEST, interpret=interpret)
     # Flat, since the copy engine knows 5 dimensions at most, those of tiles included.
-    out, *_ = call(*plan, kv_lens, page_table, q.reshape(B * N, H), cache.reshape(-1, H))
+    kv = cache.reshape(-1, H)
+    arrays = plan._asdict() | dict(kv_lens=kv_lens, page_table=page_table, q=q, kv=kv) | own
+    results = dict(
+        out=jax.ShapeDtypeStruct((B, N * H), q.dtype),
+        means=jax.ShapeDtypeStruct((problem.blocks, H, problem.C), jnp.float32),  # of V
+        logs=jax.ShapeDtypeStruct((problem.blocks, problem.C), jnp.float32),  # of their weights
+    )
+    in_place = {}
+    if own:
+        in_place = {list(arrays).index("kv"): len(results)}
+        results |= dict(new_kv=jax.ShapeDtypeStruct(kv.shape, kv.dtype))
+    call = lowered_once(
+        _kernel,
+        problem,
+        (*arrays, *results),
+        results=tuple(results.values()),
+        length=LONGEST,
+        in_place=in_place,
+        interpret=interpret,
+    )
+    out, _, _, *new_kv = call(*arrays.values())
     if not problem.writes_zeros:
         out = jnp.where((kv_lens > 0)[:, None], out, 0)
-    return out.reshape(B, N, H)
+    return out.reshape(B, N, H), new_kv[0].reshape(cache.shape) if new_kv else None
 
 
 def plan_for(
@@ -150,14 +256,18 @@ def plan_for(
     )
 
 
-def _kernel(problem: Problem, results: tuple[Any, ...], interpret: bool) -> Callable[..., Any]:
-    """The call (runs, next_rows, kv_lens, page_table, q, cache) -> out and what blocks exchange."""
+def _kernel(
+    problem: Problem, names: tuple[str, ...], results: tuple[Any, ...], interpret: bool
+) -> Callable[..., Any]:
+    """The call of arrays, which with the results have these names: see `Memory`."""
     H, C, tile, stages = problem.H, problem.C, problem.tile, problem.stages
     dtype = results[0].dtype
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     barriers = partial(plgpu.Barrier, num_barriers=stages)
     scratch = dict(
-        q_rows=plgpu.SMEM((C, H), dtype),  # as they come: a tiled copy begins at every 8th row only
+        q_rows=plgpu.SMEM(
+            (max(C, problem.width), H), dtype
+        ),  # as they come: a tiled copy begins at every 8th row only
         q_tile=plgpu.SMEM((C, H), dtype, transforms=tiled),
         k_tiles=plgpu.SMEM((stages, tile, H), dtype, transforms=tiled),
         v_tiles=plgpu.SMEM((stages, tile, H), dtype, transforms=tiled),
@@ -171,7 +281,7 @@ def _kernel(problem: Problem, results: tuple[Any, ...], interpret: bool) -> Call
     )
     options = dict(interpret=interpreter()) if interpret else {}
     return plgpu.kernel(
-        partial(_run_block, problem, interpret),
+        partial(_run_block, problem, names, interpret),
         out_type=results,
         scratch_types=scratch,
         grid=(problem.blocks,),
@@ -185,8 +295,11 @@ def _kernel(problem: Problem, results: tuple[Any, ...], interpret: bool) -> Call
     )
 
 
-def _run_block(problem: Problem, interpret: bool, *arrays: Any, **scratch: Any) -> None:
-    memory, warpgroup = Memory(*arrays, **scratch), lax.axis_index("warpgroup")
+def _run_block(
+    problem: Problem, names: tuple[str, ...], interpret: bool, *arrays: Any, **scratch: Any
+) -> None:
+    memory = Memory(**dict(zip(names, arrays, strict=True)), **scratch)
+    warpgroup = lax.axis_index("warpgroup")
     consumer = Consumer(problem, memory, INTERPRETED if interpret else ON_GPU)
     pl.when(warpgroup == 0)(consumer.attend_all)
     pl.when(warpgroup == 1)(lambda: copy_all(problem, memory))
@@ -202,4 +315,11 @@ def unsupported(*, head_size: int, group_size: int, page_size: int, dtype: Any) 
         return f"it takes up to {MAX_GROUP} query heads of one kv head, not {group_size}"
     if page_size not in PAGE_SIZES:
         return f"it needs a page size of {', '.join(map(str, PAGE_SIZES))}, not {page_size}"
+    return None
+
+
+def unsupported_fused(head_size: int) -> str | None:
+    """Why queries cannot be prepared within the kernel, where it can be used; None if they can."""
+    if head_size % 128:
+        return f"it turns halves of heads in steps of 64 elements, which {head_size} has not"
     return None

@@ -11,8 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxengine.pallas_kernels.paged_decode_own_token import prepare
 from jaxengine.pallas_kernels.paged_decode_plan import FIELDS
-from jaxengine.pallas_kernels.paged_decode_products import Operations, over_rows
+from jaxengine.pallas_kernels.paged_decode_products import Operations, over_columns, over_rows
 from jaxengine.pallas_kernels.paged_decode_segments import (
     Memory,
     Problem,
@@ -48,12 +49,8 @@ class Consumer:
     def attend(self, _: jax.Array, segment: Segment) -> None:
         """Computes the mean over a segment, and sees that it gets where it belongs."""
         memory, block = self.memory, lax.axis_index("block")
-        plgpu.barrier_wait(memory.q_full.at[0])
-        self.operations.copy(memory.q_rows, memory.q_tile)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(memory.q_free.at[0])
         add = lambda t, sums: self.add_tile(segment, t, sums)
-        sums = lax.fori_loop(segment.begin, segment.end, add, self.no_sums())
+        sums = lax.fori_loop(segment.begin, segment.end, add, self.begin(segment))
         weight = sums.weights.sum(axis=0)
         mean, log = sums.values / over_rows(weight, sums.values), sums.peak + jnp.log2(weight)
 
@@ -72,8 +69,26 @@ class Consumer:
             pl.when(partners > 0)(lambda: self.operations.wait(counter, partners))
             self.write(segment, self.merge(partners, log, mean))
 
-    def no_sums(self) -> Sums:
-        tile, H, C, full = self.problem.tile, self.problem.H, self.problem.C, self.operations.full
+    def begin(self, segment: Segment) -> Sums:
+        """Queries to where they are multiplied, and the sums before the first tile: nothing, or in
+        the first segment of a row and head the own token where that is not read from the cache."""
+        problem, memory, operations = self.problem, self.memory, self.operations
+        tile, H, C, full = problem.tile, problem.H, problem.C, operations.full
+        if problem.prepares:
+            own = prepare(problem, memory, operations, segment)
+            is_first = (segment.begin == 0).astype(jnp.int32)
+            share = is_first.astype(jnp.float32)
+            return Sums(
+                self.in_base_2(own.scores) * share + (1 - share) * MASKED,
+                jnp.where(operations.row_index((tile, C)) < is_first, 1.0, 0.0),
+                jnp.where(
+                    operations.row_index((H, C)) < is_first * H, over_columns(own.v, (H, C)), 0.0
+                ),
+            )
+        plgpu.barrier_wait(memory.q_full.at[0])
+        operations.copy(memory.q_rows, memory.q_tile)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(memory.q_free.at[0])
         return Sums(full((C,), MASKED), full((tile, C), 0), full((H, C), 0))
 
     def add_tile(self, segment: Segment, t: jax.Array, sums: Sums) -> Sums:
@@ -90,7 +105,7 @@ class Consumer:
         shrink = jnp.exp2(sums.peak - peak)
         operations.store_transposed(memory.weights, weights.astype(memory.weights.dtype))
         plgpu.barrier_wait(memory.v_full.at[slot])
-        is_whole = (first >= segment.start) & (first + self.problem.tile <= segment.kv_len)
+        is_whole = (first >= segment.start) & (first + self.problem.tile <= segment.stop)
         pl.when(jnp.logical_not(is_whole))(lambda: self.clear_unseen(segment, first, v))
         plgpu.commit_smem()
         values = sums.values * over_rows(shrink, sums.values)
@@ -100,7 +115,7 @@ class Consumer:
 
     def visible(self, segment: Segment, first: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         position = first + self.operations.row_index(shape)
-        return (position >= segment.start) & (position < segment.kv_len)
+        return (position >= segment.start) & (position < segment.stop)
 
     def clear_unseen(self, segment: Segment, first: jax.Array, v: Any) -> None:
         """Weights are zero where nothing is seen, but zero times NaN is NaN."""

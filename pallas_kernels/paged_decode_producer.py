@@ -34,12 +34,12 @@ def copy_all(problem: Problem, memory: Memory) -> None:
 
 
 def _copy_segment(problem: Problem, memory: Memory, index: jax.Array, segment: Segment) -> None:
-    G, K, page_size, tile, box = (
-        getattr(problem, name) for name in ("G", "K", "page_size", "tile", "box")
+    width, K, page_size, tile, box = (
+        getattr(problem, name) for name in ("width", "K", "page_size", "tile", "box")
     )
     pl.when(index > 0)(lambda: plgpu.barrier_wait(memory.q_free.at[0]))
-    queries = memory.q.at[pl.ds(segment.row * problem.N + segment.head * G, G)]
-    plgpu.copy_gmem_to_smem(queries, memory.q_rows.at[pl.ds(0, G)], memory.q_full.at[0])
+    queries = memory.q.at[pl.ds((segment.row * K + segment.head) * width, width)]
+    plgpu.copy_gmem_to_smem(queries, memory.q_rows.at[pl.ds(0, width)], memory.q_full.at[0])
     last_page = lax.div(segment.kv_len - 1, page_size)
 
     def pages_of(t: jax.Array) -> list[jax.Array]:

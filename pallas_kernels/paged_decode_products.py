@@ -16,7 +16,7 @@ from jax.experimental.mosaic.gpu import utils as gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LAYOUT = plgpu.Layout.WGMMA
-COLUMNS = LAYOUT.reduce(0)
+COLUMNS, ROWS = LAYOUT.reduce(0), LAYOUT.reduce(1)
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED  # what is stored with rows and columns exchanged
 
 
@@ -29,11 +29,18 @@ class Operations(Protocol):
     def full(self, shape: tuple[int, ...], value: float) -> jax.Array: ...  # a matrix or columns
     def row_index(self, shape: tuple[int, ...]) -> jax.Array: ...
     def load(self, ref: Any) -> jax.Array: ...  # a matrix or columns
+    def load_rows(self, ref: Any) -> jax.Array: ...  # one value a row
+    def load_transposed(self, ref: Any) -> jax.Array: ...
     def store(self, ref: Any, value: jax.Array) -> None: ...
     def store_transposed(self, ref: Any, matrix: jax.Array) -> None: ...
     def copy(self, source: Any, target: Any) -> None: ...  # to other tiles
     def signal(self, counter: Any) -> None: ...
     def wait(self, counter: Any, count: jax.Array) -> None: ...
+
+
+def over_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One value a row, for all columns."""
+    return lax.broadcast_in_dim(rows, shape, [0])
 
 
 def over_rows(columns: jax.Array, like: jax.Array) -> jax.Array:
@@ -67,6 +74,12 @@ class OnGpu(Operations):
 
     def load(self, ref: Any) -> jax.Array:
         return _load(ref, _layout(ref.shape))
+
+    def load_rows(self, ref: Any) -> jax.Array:
+        return _load(ref, ROWS)
+
+    def load_transposed(self, ref: Any) -> jax.Array:
+        return plgpu.layout_cast(_load(ref.T, TRANSPOSED), LAYOUT)
 
     def store(self, ref: Any, value: jax.Array) -> None:
         if (store := getattr(plgpu, "store", None)) is None:  # before JAX 0.12
@@ -120,6 +133,12 @@ class Interpreted(Operations):
 
     def load(self, ref: Any) -> jax.Array:
         return ref[...]
+
+    def load_rows(self, ref: Any) -> jax.Array:
+        return ref[...]
+
+    def load_transposed(self, ref: Any) -> jax.Array:
+        return ref[...].T
 
     def store(self, ref: Any, value: jax.Array) -> None:
         ref[...] = value

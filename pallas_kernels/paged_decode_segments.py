@@ -24,6 +24,8 @@ class Problem:
     scale: float
     window: int | None
     soft_cap: float | None
+    prepares: bool = False  # queries come as projected, with their token's own K and V
+    eps: float = 0.0  # of head norms
 
     @property
     def G(self) -> int:
@@ -33,6 +35,11 @@ class Problem:
     def C(self) -> int:
         """Columns of a product."""
         return -(-self.G // 8) * 8
+
+    @property
+    def width(self) -> int:
+        """Heads that come with one kv head."""
+        return self.G + 2 * self.prepares
 
     @property
     def box(self) -> int:
@@ -56,7 +63,7 @@ class Memory(NamedTuple):
     next_rows: Any
     kv_lens: Any
     page_table: Any
-    q: Any
+    q: Any  # each kv head's query heads, and behind them k and v where the kernel prepares
     kv: Any
     out: Any
     means: Any
@@ -72,6 +79,14 @@ class Memory(NamedTuple):
     k_full: Any
     v_full: Any
     kv_free: Any
+    # Where the kernel prepares.
+    cos: Any = None
+    sin: Any = None
+    page_ids: Any = None
+    offsets: Any = None
+    q_norm: Any = None
+    k_norm: Any = None
+    new_kv: Any = None  # in the memory of `kv`
 
 
 class Segment(NamedTuple):
@@ -81,6 +96,7 @@ class Segment(NamedTuple):
     head: jax.Array
     kv_len: jax.Array
     start: jax.Array  # first position that is seen
+    stop: jax.Array  # one past the last that is read: that of the own token comes with the queries
     first_tile: jax.Array  # the one it lies in, which counts as tile 0
     num_tiles: jax.Array
     begin: jax.Array
@@ -106,10 +122,8 @@ def for_each_segment(
         head = lax.div(offset, num_tiles)
         begin = offset - head * num_tiles
         end = jnp.minimum(num_tiles, begin + left)
-        do(
-            index,
-            Segment(row, head, kv_len, start, first_tile, num_tiles, begin, end, step, size),
-        )
+        places = start, kv_len - int(problem.prepares), first_tile, num_tiles, begin, end
+        do(index, Segment(row, head, kv_len, *places, step, size))
         done = end - begin
         is_last = offset + done == num_tiles * problem.K
         row, kv_len = jnp.where(is_last, next_row, row), jnp.where(is_last, next_len, kv_len)

@@ -27,6 +27,7 @@ from jaxengine.models.encoder_config import EncoderConfig
 from jaxengine.models.interface import Batch
 from jaxengine.models.layers import project
 from jaxengine.models.shapes import SHAPES
+from jaxengine.pallas_kernels import dispatch
 from jaxengine.pallas_kernels.dispatch import XLA, Kernels, Problem, choose
 from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs, RequestState, empty_request_state, install
@@ -92,6 +93,29 @@ def test_a_step_that_pauses_keeps_its_logits_in_place(tiny: StepPrograms, bucket
     state = tiny.state_shapes
     kept = (tiny.cache_shapes(500), state.tokens, state.page_table, tiny.logits_shape(4))
     assert analysis.alias_size_in_bytes >= num_bytes(kept)
+
+
+def test_only_rows_of_different_sequences_attend_before_others_have_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A decode kernel that writes K and V itself is not for rows that see what another one does."""
+    calls = []
+
+    def fused(kernels: Kernels) -> Any:
+        calls.append(kernels.fuses_decode)
+        return None
+
+    monkeypatch.setattr(dispatch, "rotate_write_and_decode", fused)
+    config = ModelConfig.from_dict(tiny_config("qwen3").to_dict())
+    programs = step_programs(config, "float32", kernels=replace(XLA, fuses_decode=True))
+    for bucket, variant, is_fused in (
+        (Bucket(4, 4, 2), None, True),
+        (Bucket(4, 4, 1), Variant("read"), True),
+        (Bucket(20, 4, 1), Variant("read"), False),
+    ):
+        calls.clear()
+        programs.lower_step(bucket, 500, variant)
+        assert set(calls) == {is_fused}
 
 
 def test_installing_a_request_keeps_the_state_in_place(tiny: StepPrograms) -> None:
