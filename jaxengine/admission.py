@@ -5,10 +5,14 @@ Everything that could fail for one prompt fails here, before anything of its cal
 
 import random
 import warnings
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import countOf
 from reprlib import repr as short
 from typing import Any
+
+import numpy as np
 
 from jaxengine.functions import NO_FUNCTIONS, Functions
 from jaxengine.inputs import Entry
@@ -108,26 +112,37 @@ def _logprobs(asked: AskedLogprobs, prompt_len: int, limits: Limits) -> Logprobs
     return Logprobs(start=start, num_top=asked.num_top, ids=asked.ids)
 
 
-def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> list[int]:
+def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> array:
     field = "prompt" if entry.input_ids is None else "input_ids"
     if len(ids) == 0:
         raise ValueError(f"{field}: expected at least one token, got an empty prompt")
-    kinds = set(map(type, ids))
-    if kinds != {int}:  # perhaps numbers of another library
+    packed = _packed(ids, limits.vocab_size)
+    if packed is None:  # perhaps they are numbers of another library
         ids = [plain(token) for token in ids]
-        kinds = set(map(type, ids))
-    if kinds != {int} or min(ids) < 0 or max(ids) >= limits.vocab_size:
+        packed = _packed(ids, limits.vocab_size)
+    if packed is None:
         raise ValueError(f"{field}: {_wrong_id(ids, entry, limits)}")
-    if len(ids) <= limits.max_prompt_tokens:
-        return list(ids)
+    if len(packed) <= limits.max_prompt_tokens:
+        return packed
     if limits.truncates:
         warnings.warn(
             f"{field}: a prompt of {len(ids)} tokens was cut to {limits.max_prompt_tokens}",
             stacklevel=2,
         )
-        return list(ids[: limits.max_prompt_tokens])
+        return packed[: limits.max_prompt_tokens]
     one_more = ", and at least one to generate," if limits.generates else ""
     raise ValueError(f"{field}: {len(ids)} tokens{one_more} do not fit {_limit(limits)}")
+
+
+def _packed(ids: Sequence[Any], vocab_size: int) -> array | None:
+    """As unsigned numbers of 32 bits; None where some of them is no id."""
+    if countOf(map(type, ids), int) < len(ids):
+        return None
+    try:
+        packed = array("I", ids)
+    except OverflowError:
+        return None
+    return packed if np.frombuffer(packed, np.uint32).max() < vocab_size else None
 
 
 def _wrong_id(ids: Sequence[Any], entry: Entry, limits: Limits) -> str:

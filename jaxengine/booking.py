@@ -32,13 +32,11 @@ def book_logprobs(
     if books is None or of_drawn is None:
         return
     if of_inputs is not None and books.tells_inputs(start, end, len(prompt)):
-        own = Told(*(array[first : first + row.query_len] for array in of_inputs))
-        books.add_inputs(start, prompt[start + 1 : end + 1], own)
-    own = Told(*(array[:, index] for array in of_drawn))
+        books.add_inputs(start, prompt[start + 1 : end + 1], of_inputs, first)
     if row.num_draws:
-        books.add_outputs(tokens[: row.num_draws], own)
+        books.add_outputs(tokens[: row.num_draws], of_drawn, index)
     elif not request.max_new_tokens and end == len(prompt):
-        books.add_next(tokens[0], own)
+        books.add_next(tokens[0], of_drawn, index)
 
 
 def book_states(plan: StepPlan, launch: Launch) -> None:

@@ -114,7 +114,8 @@ class Functions:
                     f"custom_params: none of the chosen functions has a parameter {param!r}; "
                     + way_out
                 )
-        self.pack(chosen, custom_params)
+        if custom_params:
+            self.pack(chosen, custom_params)
 
     def install(
         self,

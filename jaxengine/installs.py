@@ -8,7 +8,7 @@ import numpy as np
 from jaxengine.request import Request
 from jaxengine.request_state import InstallInputs
 
-Part = tuple[Request, int, list[int]]  # a request and its tokens from a position on
+Part = tuple[Request, int, Sequence[int]]  # a request and its tokens from a position on
 
 
 class InstallSize(NamedTuple):

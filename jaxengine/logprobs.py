@@ -40,14 +40,17 @@ class Entries:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def extend(self, tokens: Sequence[int], told: Told, num_top: int, num_ids: int) -> None:
-        """All at once: of a long prompt every token has an entry."""
-        self.logprobs += told.of_token.tolist()
+    def extend(
+        self, tokens: Sequence[int], told: Told, where: Any, num_top: int, num_ids: int
+    ) -> None:
+        """All at once: of a long prompt every token has an entry. `where` is the index of theirs
+        among the positions told of."""
+        self.logprobs += told.of_token[where].tolist()
         if num_top:
-            both = told.top[:, :num_top].tolist(), told.top_ids[:, :num_top].tolist()
+            both = (array[where][:, :num_top].tolist() for array in (told.top, told.top_ids))
             self.top += [list(zip(*each, strict=True)) for each in zip(*both, strict=True)]
         if num_ids:
-            self.of_ids += told.of_ids[:, :num_ids].tolist()
+            self.of_ids += told.of_ids[where][:, :num_ids].tolist()
         self.tokens += tokens  # last: who reads from another thread counts these
 
     def part(self, start: int, end: int) -> "Entries":
@@ -79,22 +82,24 @@ class Logprobs:
         """Whether the hidden states of positions from `start` to `end` tell of an input token."""
         return max(start, self.start) < min(end, num_prompt_tokens - 1)
 
-    def add_inputs(self, start: int, tokens: Sequence[int], told: Told) -> None:
-        """Books what positions from `start` on tell of the `tokens` behind them, as far as it is
-        asked for and not known."""
+    def add_inputs(self, start: int, tokens: Sequence[int], told: Told, first: int) -> None:
+        """Books what positions from `start` on, of which `told` has the first at `first`, tell of
+        the `tokens` behind them, as far as it is asked for and not known."""
         known = self.start + len(self.inputs) - start
-        self._extend(self.inputs, tokens[known:], Told(*(a[known : len(tokens)] for a in told)))
+        where = slice(first + known, first + len(tokens))
+        self._extend(self.inputs, tokens[known:], told, where)
 
-    def add_outputs(self, tokens: Sequence[int], told: Told) -> None:
-        self._extend(self.outputs, tokens, Told(*(array[: len(tokens)] for array in told)))
+    def add_outputs(self, tokens: Sequence[int], told: Told, index: int) -> None:
+        """Books what the first steps of a launch tell of its row `index`."""
+        self._extend(self.outputs, tokens, told, (slice(len(tokens)), index))
 
-    def add_next(self, token: int, told: Told) -> None:
+    def add_next(self, token: int, told: Told, index: int) -> None:
         """Books what would come behind a prompt that is not continued."""
         self.next_token = Entries()
-        self._extend(self.next_token, [token], Told(*(array[:1] for array in told)))
+        self._extend(self.next_token, [token], told, (slice(1), index))
 
-    def _extend(self, entries: Entries, tokens: Sequence[int], told: Told) -> None:
-        entries.extend(tokens, told, self.num_top, len(self.ids))
+    def _extend(self, entries: Entries, tokens: Sequence[int], told: Told, where: Any) -> None:
+        entries.extend(tokens, told, where, self.num_top, len(self.ids))
 
 
 def merged(all_asked: Iterable[tuple[Logprobs, bool]]) -> Wanted | None:

@@ -12,6 +12,7 @@ all of `length` but for the `unsent` tokens at its end, which the host foresaw.
 
 import enum
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ class Request:
     """A sequence that is being continued. The scheduler owns the second half of the fields."""
 
     rid: str
-    prompt_ids: list[int]
+    prompt_ids: array  # unsigned, of 32 bits
     sampling: SamplingParams
     max_new_tokens: int  # resolved: prompt and output fit the context and the pool
     stop_token_ids: frozenset[int]  # resolved: end-of-sequence ids included unless ignored
@@ -83,8 +84,8 @@ class Request:
         self.num_to_compute = len(self.prompt_ids) + max(self.max_new_tokens - 1, 0)
 
     @property
-    def token_ids(self) -> list[int]:
-        return self.prompt_ids + self.output_ids
+    def token_ids(self) -> array:
+        return self.prompt_ids + array("I", self.output_ids)
 
     @property
     def num_tokens(self) -> int:

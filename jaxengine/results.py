@@ -3,6 +3,7 @@ of its results. It knows one request at a time and no queue.
 """
 
 import time
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,10 +57,7 @@ class Writer:
     def __init__(self, request: Request, tokenizer: Any, options: OutputOptions):
         self._request = request
         self._options = options
-        self._has_text = tokenizer is not None
-        self._detokenizer = None
-        if self._has_text and request.stop_text is None:
-            self._detokenizer = _detokenizer(tokenizer, request)
+        self._tokenizer = tokenizer
         self._num_fed = self._num_ids_written = self._num_chars_written = 0
         self._was_sent = False
 
@@ -103,12 +101,14 @@ class Writer:
         return states.array()[0] if books.only_last and len(books.places) == 1 else states
 
     def _text(self, progress: Progress, output_ids: list[int]) -> str | None:
-        if not self._has_text:
+        if self._tokenizer is None:
             return None
-        if self._detokenizer is None:
+        if self._request.stop_text is not None:
             return progress.stop_text
+        if not output_ids:
+            return ""
         is_kept = self._request.sampling.no_stop_trim
-        if self._request.matcher is not None and output_ids:
+        if self._request.matcher is not None:
             # The last token may be one by which a grammar is complete.
             is_kept |= output_ids[-1] not in self._request.stop_token_ids
         spoken = outputs.spoken_ids(output_ids, progress.finish_reason, no_stop_trim=is_kept)
@@ -116,6 +116,10 @@ class Writer:
         self._num_fed = len(spoken)
         is_end = progress.finish_reason is not None
         return self._detokenizer.finish() if is_end else self._detokenizer.text
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        return _detokenizer(self._tokenizer, self._request)
 
 
 class EmbeddingWriter:

@@ -38,15 +38,15 @@ def needs_of(request: Request) -> Iterator[Need]:
     if request.pauses:
         draws = ("draw",) if request.processor is None else ("draw", "adjust", "choose")
     length = len(request.prompt_ids)
-    rows = Row(request, 0, 0, length, 0, 1), Row(request, 0, length - 1, 1, 0, 1)
-    reading, decoding = (
-        Variant("read" if draws else "whole", wanted_of([row]), states_of([row])) for row in rows
-    )
-    found = [Need(reading, False, draws)]
-    if request.max_new_tokens > 1:  # while others read, it decodes in their steps
-        found += [Need(decoding, False, draws), Need(decoding, True, draws)]
-    elif length == 1:
-        found += [Need(decoding, True, draws)]
+    goes_on = request.max_new_tokens > 1
+    part = "read" if draws else "whole"
+    variant = lambda row: Variant(part, wanted_of([row]), states_of([row]))
+    found = [Need(variant(Row(request, 0, 0, length, 0, 1)), False, draws)]
+    if goes_on or length == 1:
+        decoding = variant(Row(request, 0, length - 1, 1, 0, 1))
+        found.append(Need(decoding, True, draws))
+        if goes_on:  # while others read, it decodes in their steps
+            found.append(Need(decoding, False, draws))
     return (need for need in found if need.variant != Variant())
 
 

@@ -6,6 +6,7 @@ on all before. So `naive_output` is what a request must get, however it was sche
 """
 
 import zlib
+from array import array
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def make_request(
 ) -> Request:
     return Request(
         rid=rid,
-        prompt_ids=list(prompt_ids),
+        prompt_ids=array("I", prompt_ids),
         sampling=SamplingParams(max_new_tokens=max_new_tokens),
         max_new_tokens=max_new_tokens,
         stop_token_ids=frozenset(stop_token_ids),

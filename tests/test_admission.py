@@ -1,6 +1,7 @@
 """Entries become requests that are sure to fit, or errors that name the field and the way out."""
 
 import random
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,14 +42,14 @@ def made(
 
 def test_a_request_carries_what_was_asked():
     request = made([1, 2, 3], max_new_tokens=5, stop_token_ids=[4], sampling_seed=6)
-    assert (request.rid, request.prompt_ids, request.priority) == ("r", [1, 2, 3], 7)
+    assert (request.rid, list(request.prompt_ids), request.priority) == ("r", [1, 2, 3], 7)
     assert (request.max_new_tokens, request.seed) == (5, 6)
     assert request.stop_token_ids == {4, EOS}
 
 
 @pytest.mark.parametrize("ids", [[np.int64(1), 2], (np.uint8(1), np.int32(2)), [jnp.array(1), 2]])
 def test_ids_become_pythons_own_numbers(ids):
-    prompt_ids = made(ids).prompt_ids
+    prompt_ids = list(made(ids).prompt_ids)
     assert prompt_ids == [1, 2] and {type(token) for token in prompt_ids} == {int}
     with pytest.raises(ValueError, match="got 1.5 at index 2"):
         made([*ids, np.float32(1.5)])
@@ -92,7 +93,7 @@ def test_where_the_pool_is_smaller_it_is_the_limit():
 def test_too_much_is_cut_where_that_was_asked_for():
     with pytest.warns(UserWarning, match="a prompt of 70 tokens was cut to 63"):
         request = made(list(range(70)), limits(truncates=True), max_new_tokens=5)
-    assert request.prompt_ids == list(range(63)) and request.max_new_tokens == 1
+    assert list(request.prompt_ids) == list(range(63)) and request.max_new_tokens == 1
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,10 @@ def test_too_much_is_cut_where_that_was_asked_for():
         ([1, VOCAB], "input_ids: expected token ids from 0 to 99, got 100 at index 1"),
         ([1, -1], "got -1 at index 1"),
         ([1, 2**70], "at index 1"),
+        ([2**32 + 1], "got 4294967297 at index 0"),
         ([True], "got True at index 0"),
+        ([1, np.True_], "got True at index 1"),
+        ([1, re.IGNORECASE], "at index 1"),
         ([1.0], "got 1.0 at index 0"),
         ([float("nan")], "got nan at index 0"),
         (["1"], "got '1' at index 0"),

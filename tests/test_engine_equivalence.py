@@ -3,6 +3,7 @@ the naive loop's, sampled ones those of a plain run. The books are checked after
 
 import random
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,7 +126,7 @@ def run(parts: Started, jobs: Sequence[Job], aborts: random.Random | None = None
     for index, job in enumerate(jobs):
         job.request = Request(
             rid=str(index),
-            prompt_ids=job.prompt,
+            prompt_ids=array("I", job.prompt),
             sampling=SamplingParams(**job.params),
             max_new_tokens=job.params["max_new_tokens"],
             stop_token_ids=frozenset(),

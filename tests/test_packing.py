@@ -1,5 +1,6 @@
 """Rows whose tokens stand alone, as where one decodes, come to the same as rows that read them."""
 
+from array import array
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ def row(
 ) -> Row:
     request = Request(
         rid=str(slot),
-        prompt_ids=[1],
+        prompt_ids=array("I", [1]),
         sampling=SamplingParams(),
         max_new_tokens=9,
         stop_token_ids=frozenset(),

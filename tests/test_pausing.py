@@ -1,5 +1,6 @@
 """The pause of a step: what the host lets each row draw, whatever became of it meanwhile."""
 
+from array import array
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +79,7 @@ class Host:
 def request(matcher: Any = None, processor: Any = None) -> Request:
     return Request(
         rid="request",
-        prompt_ids=[5, 6, 7],
+        prompt_ids=array("I", [5, 6, 7]),
         sampling=SamplingParams(),
         max_new_tokens=8,
         stop_token_ids=frozenset(),

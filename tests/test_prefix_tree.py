@@ -1,6 +1,8 @@
 """The prefix tree: what it finds, what it keeps, and in which order it forgets."""
 
 import random
+from array import array
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -9,14 +11,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxengine.prefix_tree import Node, PrefixTree
 
-A, B, C, D = [1, 1], [2, 2], [3, 3], [4, 4]  # the tokens of one page each, where pages have two
+array_of = partial(array, "I")
+A, B, C, D = map(array_of, ([1, 1], [2, 2], [3, 3], [4, 4]))
+"""The tokens of one page each, where pages have two."""
 
 
 def ids(path: list[Node]) -> list[int]:
     return [node.page for node in path]
 
 
-def grown(tree: PrefixTree, tokens: list[int], pages: list[int]) -> list[Node]:
+def grown(tree: PrefixTree, tokens: array, pages: list[int]) -> list[Node]:
     """A locked path for `tokens`, as a request that has computed them leaves it."""
     path = tree.match(tokens, len(tokens))
     tree.lock(path)
@@ -24,7 +28,7 @@ def grown(tree: PrefixTree, tokens: list[int], pages: list[int]) -> list[Node]:
     return path
 
 
-def cached(tree: PrefixTree, tokens: list[int], pages: list[int]) -> None:
+def cached(tree: PrefixTree, tokens: array, pages: list[int]) -> None:
     tree.unlock(grown(tree, tokens, pages))
 
 
@@ -59,8 +63,8 @@ def test_a_page_that_is_not_full_is_not_inserted():
 
 def test_pages_of_one_token_are_pages_too():
     tree = PrefixTree(1)
-    cached(tree, [5, 6, 7], [1, 2, 3])
-    assert ids(tree.match([5, 6, 8], 3)) == [1, 2]
+    cached(tree, array_of([5, 6, 7]), [1, 2, 3])
+    assert ids(tree.match(array_of([5, 6, 8]), 3)) == [1, 2]
 
 
 # Growing
@@ -214,13 +218,13 @@ def test_a_lock_too_many_or_too_few_is_noticed():
 
 def test_a_locked_node_outside_the_tree_is_noticed():
     with pytest.raises(RuntimeError, match="not in the tree"):
-        PrefixTree(2).check_integrity([[Node(None, (1, 1), 1)]])
+        PrefixTree(2).check_integrity([[Node(None, A.tobytes(), 1)]])
 
 
 def test_a_page_whose_tokens_are_not_all_known_is_noticed():
     tree = PrefixTree(2)
     path: list[Node] = []
-    tree.insert(path, [1, 1, 2], [1, 2], end=4)
+    tree.insert(path, array_of([1, 1, 2]), [1, 2], end=4)
     with pytest.raises(RuntimeError, match="page 2 is not full"):
         tree.check_integrity([path])
 
@@ -235,7 +239,7 @@ def test_a_wrong_count_is_noticed():
 
 # Against a model: every prefix by name in a dictionary
 
-TOKENS = st.lists(st.integers(0, 1), max_size=10)
+TOKENS = st.lists(st.integers(0, 1), max_size=10).map(array_of)
 
 
 class AgainstADictionary(RuleBasedStateMachine):
@@ -245,11 +249,11 @@ class AgainstADictionary(RuleBasedStateMachine):
         self.page_size = page_size
         self.pages: dict[tuple[int, ...], int] = {}  # prefix -> page of its last tokens
         self.last_used: dict[tuple[int, ...], int] = {}
-        self.running: list[tuple[list[int], list[Node]]] = []
+        self.running: list[tuple[array, list[Node]]] = []
         self.num_pages = 0
         self.time = 0
 
-    def prefixes(self, tokens: list[int]) -> list[tuple[int, ...]]:
+    def prefixes(self, tokens: array) -> list[tuple[int, ...]]:
         ends = range(self.page_size, len(tokens) + 1, self.page_size)
         return [tuple(tokens[:end]) for end in ends]
 
@@ -333,7 +337,7 @@ def test_eviction_of_a_large_tree_returns_every_page_once():
     tree = PrefixTree(2)
     num_pages = 0
     for _ in range(500):
-        tokens = [rng.randrange(2) for _ in range(2 * rng.randint(1, 8))]
+        tokens = array_of(rng.randrange(2) for _ in range(2 * rng.randint(1, 8)))
         path = tree.match(tokens, len(tokens))
         tree.lock(path)
         pages = ids(path) + list(range(num_pages + 1, num_pages + 1 + len(tokens) // 2 - len(path)))

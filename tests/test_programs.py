@@ -1,5 +1,6 @@
 """The step: what it lowers to, what it aliases, what it writes where."""
 
+from array import array
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -141,7 +142,7 @@ def test_the_smallest_program_with_room_installs(
     requests = [
         Request(
             rid=str(slot),
-            prompt_ids=list(range(length)),
+            prompt_ids=array("I", range(length)),
             sampling=SamplingParams(),
             max_new_tokens=1,
             stop_token_ids=frozenset(),

@@ -113,6 +113,12 @@ def test_without_a_tokenizer_there_are_ids_only(tokenizer):
     assert chunk["meta_info"]["weight_version"] == "v2"
 
 
+def test_the_text_of_no_tokens_is_empty(tokenizer):
+    writer = Writer(request_of(tokenizer), tokenizer, OutputOptions())
+    assert writer.write(Progress(0))["text"] == ""
+    assert writer.write(Progress(0, outputs.abort_reason("enough")))["text"] == ""
+
+
 def test_half_a_character_at_the_end_is_shown_as_what_it_is(tokenizer):
     ids = encode(tokenizer, "漢")[:-1]
     assert ids

@@ -439,7 +439,7 @@ def test_a_conversation_finds_its_last_answer_in_the_cache():
     host = Host()
     first = host.add([0, 1, 2, 0, 1], max_new_tokens=11)
     host.run(overlaps=True)
-    second = host.add(first.token_ids + [1, 2], max_new_tokens=4)
+    second = host.add([*first.token_ids, 1, 2], max_new_tokens=4)
     host.run(overlaps=True)
     assert second.num_cached == 12  # full pages of the 15 computed tokens
     host.check_outputs()
@@ -450,7 +450,7 @@ def test_an_answer_is_cached_behind_a_page_that_another_request_cached_first():
     prompt = [0, 1, 2, 0, 1, 2, 0, 1]  # its last page is computed twice: never the whole prompt
     first, second = host.add(prompt, max_new_tokens=1), host.add(prompt, max_new_tokens=9)
     host.run()
-    third = host.add(second.token_ids, max_new_tokens=1)
+    third = host.add(list(second.token_ids), max_new_tokens=1)
     host.run()
     assert (first.num_cached, second.num_cached, third.num_cached) == (0, 7, 16)
     host.check_outputs()
@@ -754,7 +754,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @rule(data=st.data(), max_new_tokens=st.integers(0, MAX_NEW))
     def continue_a_conversation(self, data, max_new_tokens) -> None:
         earlier = data.draw(st.sampled_from(self.host.requests))
-        self.host.add(earlier.token_ids[:MAX_PROMPT], max_new_tokens)
+        self.host.add(list(earlier.token_ids[:MAX_PROMPT]), max_new_tokens)
 
     @rule(num_steps=st.integers(1, 8), overlaps=st.booleans())
     def step(self, num_steps, overlaps) -> None:

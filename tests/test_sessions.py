@@ -46,7 +46,7 @@ class Conversation:
         """Adds a turn that ends at once, and returns its prompt."""
         self.begin(session_id, name, ids, **params)
         self.end(name, output, "length")
-        return self.requests[name].prompt_ids
+        return list(self.requests[name].prompt_ids)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_an_unfinished_turn_can_be_replaced_and_not_appended_to(talk):
         talk.begin("s", "b", [6], rid="a")
     assert talk.ended == []
     talk.begin("s", "b", [6], rid="a", replace=True)
-    assert talk.ended == ["a"] and talk.requests["b"].prompt_ids == [5, 6]
+    assert talk.ended == ["a"] and list(talk.requests["b"].prompt_ids) == [5, 6]
 
 
 def test_turns_that_never_began_are_forgotten(talk):
