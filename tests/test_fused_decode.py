@@ -189,8 +189,10 @@ def test_on_a_gpu_it_is_exact(compiled, name):
 @pytest.mark.parametrize("name", ON_GPU)
 def test_what_a_gpu_is_tested_with_lowers_and_writes_in_place(rng, name):
     _, heads, what, how = ON_GPU[name]
-    case = make(rng, [3, 1], heads, **dict(what, unwritten=()))
-    text = lower_for_cuda(partial(call, **how), case.arguments, donate=0).as_text()
+    others = make(rng, [3, 1], heads, **dict(what, unwritten=())).arguments
+    cache = others.pop("cache")
+    in_place = lambda cache, others: call(dict(others, cache=cache), **how)
+    text = lower_for_cuda(in_place, cache, others, donate=0).as_text()
     assert text.count("mosaic_gpu_v2") == 1 and "output_operand_alias" in text
 
 
