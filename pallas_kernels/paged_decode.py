@@ -13,6 +13,9 @@ Hopper's tensor cores multiply at least 64 rows. Keys are those rows, queries th
 so that little is padded, scores and sums fill a few registers, and two blocks fit on a core. The
 columns past G hold whatever is there; no column meets another, and those are not written.
 
+Where a step's rows are of as many sequences, nobody needs K and V of their tokens from the cache:
+`rotate_write_and_decode` takes the projected queries, keys and values, and saves a launch a layer.
+
 Work is shared out by a plan, see `paged_decode_plan`. A (row, kv head) done by one block is written
 by it at once. One that is cut is finished by the block of its first tile: the others leave a mean
 and the logarithm of its weight in global memory, and raise a counter for which that block waits.
@@ -265,9 +268,8 @@ def _kernel(
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     barriers = partial(plgpu.Barrier, num_barriers=stages)
     scratch = dict(
-        q_rows=plgpu.SMEM(
-            (max(C, problem.width), H), dtype
-        ),  # as they come: a tiled copy begins at every 8th row only
+        # As they come: a tiled copy begins at every 8th row only.
+        q_rows=plgpu.SMEM((max(C, problem.width), H), dtype),
         q_tile=plgpu.SMEM((C, H), dtype, transforms=tiled),
         k_tiles=plgpu.SMEM((stages, tile, H), dtype, transforms=tiled),
         v_tiles=plgpu.SMEM((stages, tile, H), dtype, transforms=tiled),
