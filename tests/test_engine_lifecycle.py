@@ -157,7 +157,7 @@ def test_a_start_that_fails_late_leaves_no_thread(make_engine, monkeypatch):
         raise MemoryError("no room")
 
     before = own_threads()
-    monkeypatch.setattr(Runner, "_warm_up", fail)
+    monkeypatch.setattr(Runner, "warm_up", fail)
     with pytest.raises(MemoryError, match="no room"):
         make_engine()
     assert own_threads() == before

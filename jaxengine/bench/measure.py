@@ -146,3 +146,6 @@ def _warm_up(engine: Engine, workload: Workload, rng: np.random.Generator, vocab
     if workload.scored_from is not None or workload.needs_text:  # programs to be compiled
         prompts, outputs = prompts_of(workload, rng, vocab_size), workload.output_lens
     timed_call(engine, prompts, outputs, workload.sampling, workload.scored_from)
+    # What was compiled for that, or to measure ceilings, has cost the graphs of all steps.
+    runner: Any = engine._loop.runner
+    engine._loop.call(runner.warm_up).result()
