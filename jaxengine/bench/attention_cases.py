@@ -12,6 +12,7 @@ import numpy as np
 from jaxengine.bench.case import DTYPE, Case, sizes
 from jaxengine.bench.floors import Work
 from jaxengine.pallas_kernels.paged_attention import paged_attention
+from jaxengine.pallas_kernels.rotate_and_write import rotate_and_write
 
 EXTENDS = ((8, 1024, 1024), (2, 4096, 4096), (8, 1024, 8192))  # rows, query tokens, context of each
 
@@ -34,6 +35,18 @@ def decode_cases(name: str, module: ModuleType) -> Iterator[Case]:
             },
             work=_attention_work(N, K, H, pairs=B * length, kv_tokens=B * length, queries=B),
         )
+        if (fused := getattr(module, "rotate_write_and_decode", None)) and H % 128 == 0:
+            yield Case(
+                kernel=name,
+                shape=f"{title}, with rotation",
+                make=partial(_projected_arguments, B, N, K, H, of["page_size"], paged),
+                variants={
+                    "kernel": partial(_attend_projected, fused, known),
+                    "apart": partial(_attend_projected, partial(_apart, module), known),
+                },
+                work=_attention_work(N, K, H, pairs=B * length, kv_tokens=B * length, queries=B),
+                in_place=1,
+            )
 
 
 def extend_cases(name: str, module: ModuleType) -> Iterator[Case]:
@@ -84,6 +97,49 @@ def _attend(
         for name, value in batch.items()
     }
     return function(q, cache, **arrays)
+
+
+def _attend_projected(
+    function: Callable[..., Any],
+    batch: Mapping[str, Any],
+    qkv: jax.Array,
+    cache: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """With head norms; of the last token of each row."""
+    lens, table, page_size = batch["kv_lens"], batch["page_table"], cache.shape[3]
+    last, ones = lens - 1, jnp.ones(qkv.shape[3], qkv.dtype)
+    places = dict(page_ids=table[np.arange(len(lens)), last // page_size], offsets=last % page_size)
+    turn = dict(cos=cos, sin=sin, q_norm=ones, k_norm=ones, eps=1e-6)
+    out, cache = _attend(function, {**places, **turn, **batch}, qkv, cache)
+    return cache, out
+
+
+def _apart(
+    module: ModuleType,
+    qkv: jax.Array,
+    cache: jax.Array,
+    *,
+    kv_lens: jax.Array,
+    page_table: jax.Array,
+    scale: float,
+    window: int | None,
+    **turn: Any,
+) -> tuple[jax.Array, jax.Array]:
+    q, cache = rotate_and_write(qkv, cache, **turn)
+    how: Any = dict(kv_lens=kv_lens, page_table=page_table, scale=scale, window=window)
+    return module.paged_decode(q, cache, **how), cache
+
+
+def _projected_arguments(
+    B: int, N: int, K: int, H: int, page_size: int, paged: np.ndarray, key: jax.Array
+) -> tuple[jax.Array, ...]:
+    of_rest, of_qkv, of_cos, of_sin = jax.random.split(key, 4)
+    _, cache = _attention_arguments(B, N, K, H, page_size, paged, of_rest)
+    qkv = jax.random.normal(of_qkv, (B, K, N // K + 2, H), DTYPE)
+    angles = (jax.random.normal(of, (B, H // 2), DTYPE) for of in (of_cos, of_sin))
+    return qkv, cache, *angles
 
 
 def _attention_arguments(
