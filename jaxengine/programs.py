@@ -74,9 +74,8 @@ def read(
     is_active = rows.query_lens > 0
     if num_tokens is None:
         batch = _decode_batch(state.tokens, page_table, settings.sampling, rows, is_active, 0)
-        if num_drawing is not None and num_drawing < len(
-            is_active
-        ):  # others are of their sequences
+        if num_drawing is not None and num_drawing < len(is_active):
+            # The others are earlier tokens of these rows, which see their K and V.
             kernels = replace(options.kernels, fuses_decode=False)
             options = options._replace(kernels=kernels)
     else:

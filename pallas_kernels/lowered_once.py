@@ -32,9 +32,9 @@ def lowered_once(
     It is lowered when it is first called with arrays of such shapes. First axes shorter than
     `length` count as so long: where an element is does not depend on them. Such a kernel must stay
     within its arrays by itself, and ask none how long it is; the grid of one in Triton runs over
-    the first axis of the first result. `in_place` says of which argument which result has the
-    memory, for Mosaic, whose kernels do not. An interpreted kernel is traced in its place, and has
-    no memory in common.
+    the first axis of the first result. `in_place` maps arguments to the results that take their
+    memory, for Mosaic, whose kernels cannot say so. An interpreted kernel is traced in its place,
+    and shares no memory.
     """
     if interpret:
         return make(*static, results, True)
