@@ -256,8 +256,9 @@ def in_a_process(script: str) -> Iterator[tuple[subprocess.Popen, str]]:
 
 
 def seconds_to_leave() -> float:
-    """Two, and as much longer as a busy machine takes to tear all the modules down."""
-    return 2 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """Four, since the load is known a minute late, and as much longer as a busy machine takes to
+    tear all the modules down."""
+    return 4 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def test_the_interpreter_leaves_at_once_whatever_runs():
