@@ -38,6 +38,7 @@ def prepare(problem: Problem, memory: Memory, operations: Operations, segment: S
     """Puts the queries of a segment into `q_tile`, and in the first segment of a row and kv head
     its K and V into the cache, where they have a place there."""
     row, half, G = segment.row, problem.H // 2, problem.G
+    # What comes from global memory is asked for before anybody waits.
     by = Halves(*(_wide(operations, ref.at[row]) for ref in (memory.cos, memory.sin)))
     q_norm, k_norm = (
         None if norm is None else _halves(problem, operations, norm)
@@ -47,30 +48,11 @@ def prepare(problem: Problem, memory: Memory, operations: Operations, segment: S
     plgpu.barrier_wait(memory.q_full.at[0])
     k = _halves(problem, operations, memory.q_rows.at[G])
     v = operations.load_rows(memory.q_rows.at[G + 1])
-    rows = memory.q_rows.at[pl.ds(0, problem.C)]
-    q = Halves(
-        *(
-            operations.load_transposed(rows.at[:, pl.ds(start, half)]).astype(jnp.float32)
-            for start in (0, half)
-        )
-    )
+    q = _queries(problem, memory, operations)
     plgpu.barrier_arrive(memory.q_free.at[0])
 
-    shape = (half, problem.C)
-    if q_norm is not None:
-        factor = _factor(problem, q)
-        q = Halves(
-            *(
-                part * over_rows(factor, part) * over_columns(scale, shape)
-                for part, scale in zip(q, q_norm, strict=True)
-            )
-        )
-    if k_norm is not None:
-        # Over the rows of equal columns, for that is how sums are made; and back.
-        factor = _factor(problem, Halves(*(over_columns(part, shape) for part in k)))
-        factor = over_rows(factor, q.first).max(axis=1)
-        k = Halves(*(part * factor * scale for part, scale in zip(k, k_norm, strict=True)))
-    dtype = memory.q_tile.dtype
+    q, k = _normed_queries(problem, q, q_norm), _normed_key(problem, k, k_norm)
+    shape, dtype = (half, problem.C), memory.q_tile.dtype
     q = _turned(q, Halves(*(over_columns(part, shape) for part in by)), dtype)
     k = _turned(k, by, dtype)
     for start, part in zip((0, half), q, strict=True):
@@ -84,6 +66,34 @@ def prepare(problem: Problem, memory: Memory, operations: Operations, segment: S
         for q_part, k_part in zip(q, k, strict=True)
     ]
     return OwnToken((products[0] + products[1]).sum(axis=0), v.astype(jnp.float32))
+
+
+def _queries(problem: Problem, memory: Memory, operations: Operations) -> Halves:
+    """[half C] each."""
+    half, rows = problem.H // 2, memory.q_rows.at[pl.ds(0, problem.C)]
+    halves = (rows.at[:, pl.ds(start, half)] for start in (0, half))
+    return Halves(*(operations.load_transposed(part).astype(jnp.float32) for part in halves))
+
+
+def _normed_queries(problem: Problem, q: Halves, norm: Halves | None) -> Halves:
+    if norm is None:
+        return q
+    factor = _factor(problem, q)
+    return Halves(
+        *(
+            part * over_rows(factor, part) * over_columns(scale, part.shape)
+            for part, scale in zip(q, norm, strict=True)
+        )
+    )
+
+
+def _normed_key(problem: Problem, k: Halves, norm: Halves | None) -> Halves:
+    """Its sum is one over the rows of equal columns, for that is how sums are made; and back."""
+    if norm is None:
+        return k
+    columns = Halves(*(over_columns(part, (problem.H // 2, problem.C)) for part in k))
+    factor = over_rows(_factor(problem, columns), columns.first).max(axis=1)
+    return Halves(*(part * factor * scale for part, scale in zip(k, norm, strict=True)))
 
 
 def _write(

@@ -14,12 +14,13 @@ from cuda import compile_ahead, lower_for_cuda
 from numerics import assert_near_exact, noise, to_float64
 from test_rotate_and_write import EPS, exact
 
+from jaxengine.pallas_kernels import paged_decode_kernel as module
 from jaxengine.pallas_kernels.paged_decode import (
     HEAD_SIZES,
-    Config,
     rotate_write_and_decode,
     unsupported_fused,
 )
+from jaxengine.pallas_kernels.paged_decode_kernel import Config
 from jaxengine.pallas_kernels.rotate_and_write import SHAPES, reference
 
 NOWHERE = 10**6  # a page beyond any cache
@@ -144,6 +145,18 @@ def test_interpreted_it_is_exact(rng, name):
     lens, heads, what, how = CASES[name]
     case = make(rng, lens, heads, **what)
     check(jax.jit(partial(call, **how, interpret=True))(case.arguments), case, **masks_of(how))
+
+
+@pytest.mark.skipif(SLOW, reason="the interpreter of JAX 0.10 knows no races")
+def test_the_warpgroups_of_a_block_do_not_race(rng, monkeypatch, capsys):
+    if (params := getattr(module.plgpu, "InterpretGPUParams", None)) is None:
+        pytest.skip("this JAX has no public interpreter")
+    monkeypatch.setattr(module, "interpreter", lambda: params(detect_races=True))
+    case = make(rng, [130, 0, 64], Heads(2, 1, 128))
+    # One block, since what makes blocks wait for each other is not there.
+    how = dict(config=Config(blocks=1, **SMALL), interpret=True)
+    check(jax.jit(partial(call, **how))(case.arguments), case)
+    assert "RACE" not in capsys.readouterr().out
 
 
 ON_GPU: dict[str, tuple[list[int], Heads, dict[str, Any], dict[str, Any]]] = {

@@ -12,15 +12,9 @@ from attention_cases import Case, Heads, Program, Room, abstract, compare, make_
 from cuda import compile_ahead, lower_for_cuda
 from numerics import to_float64
 
-from jaxengine.pallas_kernels import paged_decode as module
-from jaxengine.pallas_kernels.paged_decode import (
-    SHAPES,
-    Config,
-    config_for,
-    paged_decode,
-    plan_for,
-    unsupported,
-)
+from jaxengine.pallas_kernels import paged_decode_kernel as module
+from jaxengine.pallas_kernels.paged_decode import HEAD_SIZES, SHAPES, paged_decode, unsupported
+from jaxengine.pallas_kernels.paged_decode_kernel import CORES, Config, config_for, plan_for
 from jaxengine.pallas_kernels.paged_decode_plan import FIELDS, make_plan
 
 SLOW = jax.__version_info__ < (0, 11)
@@ -274,8 +268,8 @@ def test_plans_use_the_chip(lens, used, longest):
 
 
 def test_blocks_fit_on_the_chip():
-    for H in module.HEAD_SIZES:
+    for H in HEAD_SIZES:
         for G in (1, 8, 16):
             config = config_for(head_size=H, group_size=G)
             ring = config.stages * config.tile * H * 4
-            assert ring * -(-config.blocks // module.CORES) < 200 * 1024
+            assert ring * -(-config.blocks // CORES) < 200 * 1024

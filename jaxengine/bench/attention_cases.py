@@ -35,7 +35,8 @@ def decode_cases(name: str, module: ModuleType) -> Iterator[Case]:
             },
             work=_attention_work(N, K, H, pairs=B * length, kv_tokens=B * length, queries=B),
         )
-        if (fused := getattr(module, "rotate_write_and_decode", None)) and H % 128 == 0:
+        fused = getattr(module, "rotate_write_and_decode", None)
+        if fused is not None and module.unsupported_fused(H) is None:
             yield Case(
                 kernel=name,
                 shape=f"{title}, with rotation",
