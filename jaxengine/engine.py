@@ -22,6 +22,7 @@ from jaxengine.engine_sessions import SessionCall, SessionMethods
 from jaxengine.engine_weights import WeightMethods
 from jaxengine.function_checks import registered
 from jaxengine.inputs import Inputs, normalise
+from jaxengine.interrupts import heeds_ctrl_c
 from jaxengine.logprob_inputs import LogprobOptions
 from jaxengine.loop import Loop
 from jaxengine.request_maker import RequestMaker
@@ -84,7 +85,8 @@ class Engine(
         self.server_args = server_args or ServerArgs(**kwargs)
         _check_defaults(self.server_args)
         functions = registered(logits_processors, sampler, interventions)
-        self._started = start(self.server_args, functions)
+        with heeds_ctrl_c():
+            self._started = start(self.server_args, functions)
         self._loop: Loop = self._started.loop
         self._seeds = random.Random(self._started.random_seed)
         self._maker = RequestMaker(self._started, self._seeds)
@@ -164,10 +166,7 @@ class Engine(
             ValueError, TypeError: some part of the call is wrong; then none of it was started.
             RuntimeError: the engine failed or was shut down.
         """
-        inputs = self._inputs(
-            prompt,
-            sampling_params,
-            input_ids,
+        options = dict(
             return_logprob=return_logprob,
             logprob_start_len=logprob_start_len,
             top_logprobs_num=top_logprobs_num,
@@ -178,11 +177,13 @@ class Engine(
             priority=priority,
             **unavailable,
         )
-        wait_for(self._maker.grammars(inputs.entries))
-        call = self._call(inputs, stream, session_params)
-        if compiling := self._started.variants.prepare(call.requests):
-            compiling.result()
-        return Stream(call) if stream else wait(call)
+        with heeds_ctrl_c():
+            inputs = self._inputs(prompt, sampling_params, input_ids, **options)
+            wait_for(self._maker.grammars(inputs.entries))
+            call = self._call(inputs, stream, session_params)
+            if compiling := self._started.variants.prepare(call.requests):
+                compiling.result()
+            return Stream(call) if stream else wait(call)
 
     @takes(generate)
     async def async_generate(

@@ -12,6 +12,7 @@ from jaxengine.admission import Limits, make_request
 from jaxengine.delivery import Call, wait, wait_async
 from jaxengine.embedding_inputs import AVAILABLE, check_dimensions, pairs_of, texts_or_ids
 from jaxengine.inputs import Entry
+from jaxengine.interrupts import heeds_ctrl_c
 from jaxengine.loop import Loop
 from jaxengine.pooling import Embeddings
 from jaxengine.results import EmbeddingWriter
@@ -52,7 +53,9 @@ class EmbeddingMethods:
                 started.
             RuntimeError: the engine failed or was shut down.
         """
-        return wait(self._embedding_call(prompt, dimensions=dimensions, rid=rid, **unavailable))
+        options = dict(dimensions=dimensions, rid=rid, **unavailable)
+        with heeds_ctrl_c():
+            return wait(self._embedding_call(prompt, **options))
 
     @takes(encode)
     async def async_encode(self, prompt: Any, **options: Any) -> Any:
@@ -73,13 +76,17 @@ class EmbeddingMethods:
         Raises:
             ValueError: the engine is no classifier, or something is no pair of texts.
         """
-        embeddings, limits = self._ready("rerank"), self._started.limits
+        embeddings = self._ready("rerank")
         if embeddings.embedder.activation is None:
             raise ValueError(
                 "rerank: this model has no labels to score; use a cross-encoder or a classifier "
                 "of sequences, or compare the embeddings that encode gives"
             )
-        pairs = pairs_of(prompt)
+        with heeds_ctrl_c():
+            return wait(self._pairs_call(prompt, embeddings))
+
+    def _pairs_call(self, prompt: Any, embeddings: Embeddings) -> Call:
+        pairs, limits = pairs_of(prompt), self._started.limits
         last_type = embeddings.num_token_types - 1
         # A token of the second text is its id plus the size of the vocabulary (`models.bert`).
         ids = [
@@ -89,7 +96,7 @@ class EmbeddingMethods:
         limits = replace(limits, vocab_size=limits.vocab_size * embeddings.num_token_types)
         entries = texts_or_ids([query for query, _ in pairs], None).entries
         write = partial(EmbeddingWriter, scores=True)
-        return wait(self._reading_call(entries, ids, limits, write, is_batch=True))
+        return self._reading_call(entries, ids, limits, write, is_batch=True)
 
     def _embedding_call(
         self, prompt: Any, *, dimensions: Any = None, rid: Any = None, **unavailable: Any
