@@ -90,7 +90,7 @@ class Engine(
         self._loop: Loop = self._started.loop
         self._seeds = random.Random(self._started.random_seed)
         self._maker = RequestMaker(self._started, self._seeds)
-        self._encode = self._maker.encode
+        self._encoder = self._maker.encoder
         self._sessions = Sessions()
         # The thread must not keep a forgotten engine alive, and must end before the interpreter
         # does.

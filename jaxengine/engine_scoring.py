@@ -9,11 +9,11 @@ from jaxengine.signatures import takes
 
 
 class ScoringMethods:
-    """Of a class that has `generate`, `async_generate` and `_encode`."""
+    """Of a class that has `generate`, `async_generate` and `_encoder`."""
 
     generate: Any
     async_generate: Any
-    _encode: Any
+    _encoder: scoring.Encoder
 
     def score(
         self,
@@ -74,7 +74,7 @@ class ScoringMethods:
         contexts, continuations = (
             [part] if is_one else list(part) for part in (context, continuation)
         )
-        asked = scoring.likelihood_arguments(contexts, continuations, self._encode)
+        asked = scoring.likelihood_arguments(contexts, continuations, self._encoder)
         found = scoring.likelihoods(self.generate(**asked)) if contexts else []
         return found[0] if is_one else found
 

@@ -2,9 +2,11 @@
 What a request must fit is told in `admission`."""
 
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from functools import cache
+from contextlib import suppress
+from typing import Any
 
 from jaxengine.admission import link_groups, make_request
 from jaxengine.inputs import Entry
@@ -12,7 +14,7 @@ from jaxengine.request import Request
 from jaxengine.results import StopText
 from jaxengine.sessions import Origin
 from jaxengine.startup import Started
-from jaxengine.tokenizer import encode
+from jaxengine.tokenizer import encode, encode_all
 
 
 class RequestMaker:
@@ -36,7 +38,8 @@ class RequestMaker:
         Raises:
             ValueError: of the first entry that cannot be one.
         """
-        encoded = cache(self.encode)  # samples of a prompt, and equal prompts, are encoded once
+        texts = [entry.text for entry in entries if entry.input_ids is None]
+        encoded = self.encoder(texts)
         requests = []
         for index, entry in enumerate(entries):
             try:
@@ -50,7 +53,18 @@ class RequestMaker:
         link_groups(entries, requests)
         return requests
 
-    def encode(self, text: str) -> list[int]:
+    def encoder(self, texts: Iterable[Any]) -> Callable[[Any], Sequence[int]]:
+        """What gives the token ids of each of these texts. They are encoded by then, equal ones
+        once; it raises ValueError for one that cannot be."""
+        tokenizer, different = self._started.tokenizer, dict.fromkeys(texts)
+        known: dict[str, array] = {}
+        with suppress(ValueError):  # which will be raised with the text at fault
+            if tokenizer is not None:
+                encodings = encode_all(tokenizer, different)
+                known |= zip(different, (array("I", each.ids) for each in encodings), strict=True)
+        return lambda text: known[text] if text in known else self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         if self._started.tokenizer is None:
             raise ValueError(
                 "prompt: this engine has no tokenizer (skip_tokenizer_init); pass input_ids"

@@ -2,11 +2,11 @@
 numbers in its results. Nothing here runs a model."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any, NamedTuple
 
-Encode = Callable[[str], list[int]]
+Encoder = Callable[[Iterable[Any]], Callable[[Any], Sequence[int]]]
 NOTHING_NEW = {"max_new_tokens": 0}
 
 
@@ -107,18 +107,26 @@ class Question(NamedTuple):
 
 
 def likelihood_arguments(
-    contexts: Sequence[Any], continuations: Sequence[Any], encode: Encode
+    contexts: Sequence[Any], continuations: Sequence[Any], encoder: Encoder
 ) -> dict[str, Any]:
     """What to ask `generate` for the log-likelihood of continuations, each given its context.
 
     Texts are tokenised together; what the context's own tokens leave is the continuation.
+    `encoder` takes all texts that are to be tokenised, and gives what does so.
     """
     if len(contexts) != len(continuations):
         raise ValueError(
             f"continuation: expected {len(contexts)}, one a context, got {len(continuations)}"
         )
+    pairs = list(zip(contexts, continuations, strict=True))
+    encode = encoder(
+        text
+        for context, continuation in pairs
+        if isinstance(context, str)
+        for text in (context, context + continuation)
+    )
     whole, starts = [], []
-    for index, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+    for index, (context, continuation) in enumerate(pairs):
         if isinstance(context, str):
             before, ids = encode(context), encode(context + continuation)
         else:

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import TEMPLATE, byte_level, with_byte_fallback
 
-from jaxengine.tokenizer import Detokenizer, encode, eos_token_ids, load_tokenizer, render_chat
+from jaxengine.tokenizer import (
+    AT_ONCE,
+    Detokenizer,
+    encode,
+    encode_all,
+    eos_token_ids,
+    load_tokenizer,
+    render_chat,
+)
 
 WORDS = "naïve 😀👩‍👩‍👧 日本語 the import statement, don't  stop\n\tऽ é \ufffd end"
 
@@ -148,6 +156,16 @@ def test_text_ids_are_those_of_the_tokenizer_with_its_default_special_tokens():
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(ValueError, match="prompt: .*surrogate"):
         encode(BYTES, "a\ud83d")
+    with pytest.raises(ValueError, match="prompt: .*surrogate"):
+        list(encode_all(BYTES, ["a", "a\ud83d"]))
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["bytes", "fallback"])
+@pytest.mark.parametrize("count", [0, 1, AT_ONCE, 2 * AT_ONCE + 3])
+def test_many_texts_are_encoded_as_each_of_them(tokenizer, count):
+    texts = [WORDS[i % len(WORDS) :] + str(i) for i in range(count)]
+    found = [each.ids for each in encode_all(tokenizer, iter(texts))]
+    assert found == [encode(tokenizer, text) for text in texts]
 
 
 def test_a_folder_round_trips(tmp_path):
