@@ -12,7 +12,7 @@ from jaxengine.models.layers import rms_norm
 from jaxengine.models.rope import Rotation, rotate
 from jaxengine.pallas_kernels import dispatch
 from jaxengine.pallas_kernels.dispatch import Kernels
-from jaxengine.pallas_kernels.paged_attention import paged_attention, write_kv
+from jaxengine.pallas_kernels.paged_attention import Config, paged_attention, write_kv
 from jaxengine.pallas_kernels.rotate_and_write import rotate_and_write
 
 
@@ -100,7 +100,8 @@ def attend_pages(
     if decode is not None and starts is None:
         return decode(q, cache, kv_lens=batch.kv_lens, **how)
     if extend is None or starts is None:
-        return paged_attention(q, cache, **_ragged(batch), **how)
+        config = Config(max_chunk_tokens=kernels.max_chunk_tokens)
+        return paged_attention(q, cache, **_ragged(batch), **how, config=config)
     splits = kernels.splits_single_rows and decode is not None
     out = extend(
         q,

@@ -2,7 +2,7 @@
 It knows the kernels by name; what they compute is told in their own files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -22,6 +22,7 @@ class Kernels:
 
     decode: str = "xla"  # attention of rows of one token
     extend: str = "xla"  # attention of rows of more
+    max_chunk_tokens: int = 128  # of a context, which attention by "xla" takes at once
     rotation: str = "xla"  # head norms, rotary embedding and KV write
     fuses_decode: bool = False  # both in one for rows of one token that are of as many sequences
     sampling: str = "xla"
@@ -34,6 +35,9 @@ class Kernels:
 
 XLA = Kernels()
 """What runs everywhere, and what every kernel is compared with."""
+
+XLA_ON_GPU = Kernels(max_chunk_tokens=256)
+"""The same where each round of a loop is some launches; a CPU's caches hold fewer tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +59,14 @@ def choose(backend: str | None, problem: Problem, *, mixes_decode: bool = False)
     Raises:
         ValueError: the named backend does not fit; the message has the reason of each kernel.
     """
+    plain = XLA if problem.capability is None else XLA_ON_GPU
     if backend is None and problem.dtype == "float32":
-        return XLA  # who asks for it wants exact sums, not speed
+        return plain  # who asks for it wants exact sums, not speed
     decode, extend = (_fitting(which, backend, problem) for which in (0, 1))
     if decode == extend == "xla":
-        return XLA
-    return Kernels(
+        return plain
+    return replace(
+        plain,
         decode=decode,
         extend=extend,
         rotation="triton",

@@ -8,6 +8,7 @@ import pytest
 from jaxengine.pallas_kernels.dispatch import (
     MODULES,
     XLA,
+    XLA_ON_GPU,
     Problem,
     choose,
     fused_product,
@@ -29,13 +30,13 @@ def test_each_gpu_gets_kernels_that_it_can_run():
     assert attention(None, replace(HOPPER, head_size=80)) == ("triton", "triton")
     for capability in ((8, 0), (8, 9), (10, 0)):
         assert attention(None, replace(HOPPER, capability=capability)) == ("triton", "triton")
+    assert choose(None, replace(HOPPER, capability=None)) == XLA
     for problem in (
-        replace(HOPPER, capability=None),
         replace(HOPPER, capability=(7, 5)),
         replace(HOPPER, dtype="float32"),
         replace(HOPPER, head_size=72),
     ):
-        assert choose(None, problem) == XLA
+        assert choose(None, problem) == XLA_ON_GPU
 
 
 def test_what_a_gpu_and_its_batches_are_like_is_known():
@@ -73,7 +74,7 @@ def test_a_product_is_for_the_kernel_that_suits_rows_and_weight(shape, name):
 def test_a_named_backend_is_taken_for_both(backend):
     kernels = choose(backend, HOPPER)
     assert (kernels.decode, kernels.extend) == (backend, backend)
-    assert choose("xla", HOPPER) == XLA
+    assert choose("xla", HOPPER) == XLA_ON_GPU
     assert paged_decode(kernels) is not None and ragged_extend(kernels) is not None
     assert paged_decode(XLA) is None and ragged_extend(XLA) is None
 
