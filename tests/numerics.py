@@ -9,6 +9,9 @@ import numpy as np
 
 PERIOD = 999_983  # a prime
 
+OPTIMIZED = {"xla_backend_optimization_level": 3}
+"""Compiler options of what runs longer than it compiles; see `conftest`."""
+
 
 def assert_near_exact(
     got: Any, exact: np.ndarray, naive: Any, *, rows: Sequence[str] | None = None

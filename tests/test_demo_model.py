@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from numerics import OPTIMIZED
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
@@ -51,7 +53,7 @@ def continuation(parts, tokenizer, ids, limit=200):
     """Greedy token ids, the end token included, with the forward pass and nothing else."""
     graph, parameters = parts
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=OPTIMIZED)
     def next_token(parameters, ids, length):
         return logits_of((graph, parameters), ids)[length - 1].argmax()
 

@@ -2,11 +2,13 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from numerics import OPTIMIZED
 
 import jaxengine
 from jaxengine.engine import Engine
@@ -87,8 +89,9 @@ def test_scores_tell_sense_from_nonsense(run_example: Callable[..., str], tmp_pa
 
 
 def test_the_reward_rises_with_each_round_of_training(
-    shared_engine: Engine, run_example: Callable[..., str]
+    shared_engine: Engine, run_example: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=OPTIMIZED))
     words = ("--rounds", "2", "--samples", "64", "--steps", "8")
     try:
         with jax.numpy_dtype_promotion("standard"):  # optax is not strict

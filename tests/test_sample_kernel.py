@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cuda import compile_ahead, lower_for_cuda
-from numerics import noise, sampling_probs_exact
+from numerics import OPTIMIZED, noise, sampling_probs_exact
 from scipy import stats
 
 from jaxengine.pallas_kernels.sample import SHAPES, Config, Shape, sample_rows, unsupported
@@ -59,7 +59,7 @@ run = partial(
     jax.jit(
         in_kernel,
         static_argnames=("config", "interpret"),
-        compiler_options={"xla_backend_optimization_level": 3},
+        compiler_options=OPTIMIZED,
     ),
     config=SMALL,
     interpret=True,
