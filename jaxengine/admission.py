@@ -136,16 +136,14 @@ def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> array:
 
 def _packed(ids: Sequence[Any], vocab_size: int) -> array | None:
     """As unsigned numbers of 32 bits; None where some of them is no id."""
-    if isinstance(ids, array):
-        packed = ids
-    elif countOf(map(type, ids), int) < len(ids):
-        return None
-    else:
+    if not isinstance(ids, array):  # what the tokenizer gave is one
+        if countOf(map(type, ids), int) < len(ids):
+            return None
         try:
-            packed = array("I", ids)
+            ids = array("I", ids)
         except OverflowError:
             return None
-    return packed if np.frombuffer(packed, np.uint32).max() < vocab_size else None
+    return ids if np.frombuffer(ids, np.uint32).max() < vocab_size else None
 
 
 def _wrong_id(ids: Sequence[Any], entry: Entry, limits: Limits) -> str:

@@ -38,8 +38,7 @@ class RequestMaker:
         Raises:
             ValueError: of the first entry that cannot be one.
         """
-        texts = [entry.text for entry in entries if entry.input_ids is None]
-        encoded = self.encoder(texts)
+        encoded = self.encoder(entry.text for entry in entries if entry.input_ids is None)
         requests = []
         for index, entry in enumerate(entries):
             try:

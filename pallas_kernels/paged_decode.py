@@ -114,8 +114,8 @@ def rotate_write_and_decode(
     B, K, width, H = qkv.shape
     if reason := unsupported_fused(H):
         raise ValueError(f"rotate_write_and_decode: {reason}")
-    own = dict(cos=cos, sin=sin, offsets=offsets, q_norm=q_norm, k_norm=k_norm)
-    own |= dict(page_ids=jnp.where(page_ids < len(cache), page_ids, -1))
+    pages = jnp.where(page_ids < len(cache), page_ids, -1)
+    own = dict(cos=cos, sin=sin, offsets=offsets, q_norm=q_norm, k_norm=k_norm, page_ids=pages)
     out, new_cache = attend(
         qkv.reshape(-1, H),
         cache,

@@ -84,11 +84,7 @@ def attend(
     # Flat, since the copy engine knows 5 dimensions at most, those of tiles included.
     kv = cache.reshape(-1, H)
     arrays = plan._asdict() | dict(kv_lens=kv_lens, page_table=page_table, q=q, kv=kv) | own
-    results = dict(
-        out=jax.ShapeDtypeStruct((B, N * H), q.dtype),
-        means=jax.ShapeDtypeStruct((problem.blocks, H, problem.C), jnp.float32),  # of V
-        logs=jax.ShapeDtypeStruct((problem.blocks, problem.C), jnp.float32),  # of their weights
-    )
+    results = _results(problem, B, q.dtype)
     in_place = {}
     if own:
         in_place = {list(arrays).index("kv"): len(results)}
@@ -106,6 +102,16 @@ def attend(
     if not problem.writes_zeros:
         out = jnp.where((kv_lens > 0)[:, None], out, 0)
     return out.reshape(B, N, H), new_kv[0].reshape(cache.shape) if new_kv else None
+
+
+def _results(problem: Problem, num_rows: int, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Attention, and what blocks that share a row tell each other."""
+    blocks, H, C = problem.blocks, problem.H, problem.C
+    return dict(
+        out=jax.ShapeDtypeStruct((num_rows, problem.N * H), dtype),
+        means=jax.ShapeDtypeStruct((blocks, H, C), jnp.float32),  # of V
+        logs=jax.ShapeDtypeStruct((blocks, C), jnp.float32),  # of their weights
+    )
 
 
 def plan_for(

@@ -246,8 +246,8 @@ def test_they_survive_a_pool_that_is_too_small(make_engine: Any) -> None:
         check_books(engine)
         regex, _ = FORCED["between"]
         params = sampling(regex=regex, temperature=0.0)
-        alone = [engine.generate(prompt, params)["output_ids"] for prompt in PROMPTS]
         together = engine.generate(PROMPTS * 4, params)
+        alone = [engine.generate(prompt, params)["output_ids"] for prompt in PROMPTS]
         assert [result["output_ids"] for result in together] == alone * 4
         assert sum(result["meta_info"]["total_retractions"] for result in together) > 0
 
