@@ -139,8 +139,8 @@ class Loop:
         self.scheduler.halts.add(why)
 
     def go_on(self, why: str) -> None:
-        self.scheduler.halts.discard(why)
         self.last_step_time = time.monotonic()  # a pause is no hang
+        self.scheduler.halts.discard(why)
 
     def _main(self) -> None:
         try:

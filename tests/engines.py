@@ -100,6 +100,14 @@ def num_unfinished(engine: jaxengine.Engine) -> int:
     return loop.call(lambda: loop.num_live).result()
 
 
+def settle(engine: jaxengine.Engine) -> None:
+    """Returns once a paused engine has delivered what was under way."""
+    before = None
+    while before != engine._loop.num_steps:
+        before = engine._loop.num_steps
+        time.sleep(0.2)
+
+
 class InBackground:
     """A call on a thread of its own, once the engine has heard of it; and what came of it."""
 
@@ -109,7 +117,7 @@ class InBackground:
         before = num_unfinished(engine)
         self._thread = threading.Thread(target=self._run, args=[call])
         self._thread.start()
-        while num_unfinished(engine) == before:
+        while num_unfinished(engine) == before and self._thread.is_alive():
             time.sleep(0.001)
 
     def _run(self, call: Callable[[], Any]) -> None:

@@ -10,7 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from engines import InBackground, num_unfinished
+from engines import InBackground, num_unfinished, settle
 
 from jaxengine import __version__
 
@@ -52,9 +52,9 @@ def test_a_pause_changes_no_token(demo_engine, mode):
     stream = demo_engine.generate(PROMPT, LONG, stream=True)
     next(stream)
     demo_engine.pause_generation(mode)
+    settle(demo_engine)
     loop = demo_engine._loop
-    time.sleep(0.05)  # for what was under way
-    before = loop.call(lambda: loop.num_steps).result()
+    before = loop.num_steps
     call = InBackground(demo_engine, lambda: demo_engine.generate(PROMPT, GREEDY))
     time.sleep(0.1)
     state = demo_engine.get_server_info()["internal_states"][0]
@@ -86,7 +86,7 @@ def test_a_pause_that_aborts_and_what_is_asked_meanwhile(demo_engine):
 def test_a_paused_loop_waits_without_working(demo_engine):
     stream = demo_engine.generate(PROMPT, LONG, stream=True)
     demo_engine.pause_generation("in_place")
-    time.sleep(0.05)
+    settle(demo_engine)
     started = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - started < 0.1
@@ -106,11 +106,11 @@ def test_a_paused_engine_shuts_down(make_engine, overlap):
 
 
 def test_the_watchdog_takes_no_pause_for_a_hang(make_engine, caplog):
-    engine = make_engine(watchdog_timeout=0.2)
+    engine = make_engine(watchdog_timeout=0.8)
     with caplog.at_level(logging.ERROR, logger="jaxengine"):
         engine.pause_generation()
         call = InBackground(engine, lambda: engine.generate(input_ids=[1], sampling_params=GREEDY))
-        time.sleep(0.6)
+        time.sleep(1.5)
         engine.continue_generation()
         call.join()
     assert not caplog.records

@@ -191,17 +191,13 @@ def test_without_a_tokenizer_there_are_ids_only(make_engine):
 
 def test_priorities_go_first(make_engine):
     engine = make_engine(enable_priority_scheduling=True, max_running_requests=1, cuda_graph_bs=[1])
-    ended: list[int] = []
-    running = engine.generate(input_ids=[1], sampling_params=LONG, stream=True)
-    next(running)
-    calls = [
-        InBackground(engine, lambda p=p: (ids_of(engine, [p], priority=p), ended.append(p)))
-        for p in (1, 3, 2)
-    ]
-    running.close()
-    for call in calls:
-        call.join()
-    assert ended == [3, 2, 1]
+    order = []
+    for chunk in engine.generate(
+        input_ids=[[1], [2], [3]], sampling_params=SHORT, priority=[1, 3, 2], stream=True
+    ):
+        if chunk["meta_info"]["finish_reason"]:
+            order.append(chunk["index"])
+    assert order == [1, 2, 0]
 
 
 def test_a_full_queue_refuses_a_call_as_a_whole(make_engine):

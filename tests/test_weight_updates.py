@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from engines import TINY, InBackground, check_books
+from engines import TINY, InBackground, check_books, settle
 from flax import nnx
 from naive import naive_greedy
 from safetensors.numpy import save_file
@@ -336,7 +336,7 @@ def test_an_update_of_several_calls_counts_as_one(engine, new, new_ids, naive_ne
     with pytest.raises(RuntimeError, match="an update has begun already"):
         engine.begin_weight_update()
     waiting = InBackground(engine, lambda: ids_of(engine))
-    time.sleep(0.05)  # what was in flight is delivered
+    settle(engine)
     num_steps = engine._loop.num_steps
     for first in range(0, len(tensors), 4):
         result = engine.update_weights_from_tensor(tensors[first : first + 4])
