@@ -4,6 +4,7 @@ are executed, and a compile cache that outlives the run."""
 import importlib.metadata
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if not ON_GPU:
 else:  # trying out products on the device, one after the other, would take most of the time
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {given}"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored behind a `&`
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its warning about forks would be an error here
 

@@ -1,19 +1,48 @@
 """Engines for tests, and their books checked after every step. A pytest plugin, so that the whole
-session shares what is slow to make: one engine on the embedded model, one tiny checkpoint."""
+session shares what is slow to make: one engine that speaks text, one tiny checkpoint."""
 
+import json
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401, by which NumPy knows bfloat16
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxengine
+from jaxengine.hub import resolve_model
+
+_folders = tempfile.TemporaryDirectory()  # until the process ends
+
+
+def _cut_model(num_layers: int) -> str:
+    """The embedded model's first layers as a checkpoint: they compile and run in a fraction of the
+    time, and whether it makes sense what they say matters to few tests."""
+    whole = resolve_model(None)
+    folder = Path(_folders.name) / f"{num_layers}-layers"
+    shutil.copytree(whole, folder)
+    config = json.loads((whole / "config.json").read_text()) | {"num_hidden_layers": num_layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    kept = tuple(f"model.layers.{index}." for index in range(num_layers))
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(whole / "model.safetensors").items()
+        if name.startswith(kept) or not name.startswith("model.layers.")
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+CUT_MODEL = _cut_model(2)
 
 SMALL: dict[str, Any] = dict(
+    model_path=CUT_MODEL,
     max_running_requests=4,
     chunked_prefill_size=64,
     page_size=16,
@@ -52,7 +81,7 @@ def shared_engine() -> Iterator[jaxengine.Engine]:
 
 
 @pytest.fixture
-def demo_engine(shared_engine: jaxengine.Engine) -> Iterator[jaxengine.Engine]:
+def text_engine(shared_engine: jaxengine.Engine) -> Iterator[jaxengine.Engine]:
     """The shared engine, idle before and after: no test leaves a request or a page behind."""
     assert num_unfinished(shared_engine) == 0
     yield shared_engine

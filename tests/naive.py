@@ -1,6 +1,7 @@
 """The naive loop: one request at a time, the whole sequence anew for every token, no cache. The
 engine's oracle; it shares the model's layers with the engine and nothing else."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from jaxengine.models.interface import dense_batch
 
 
 def naive_greedy(folder: Path, max_length: int) -> Callable[[Sequence[int], int], list[int]]:
-    """A function from prompt and count to the next tokens, the likeliest each time."""
+    """A function from prompt and count to the next tokens, the likeliest each time; what it was
+    asked once it knows."""
     config = ModelConfig.from_dict(read_json(folder / "config.json"))
     abstract = nnx.eval_shape(lambda: models.build(config, dtype="float32"))
     pieces = models.checkpoint_pieces(config)
@@ -33,11 +35,12 @@ def naive_greedy(folder: Path, max_length: int) -> Callable[[Sequence[int], int]
         hidden, _ = model(batch, None)
         return model.logits(hidden[length - 1][None])[0].argmax()
 
-    def generate(prompt: Sequence[int], count: int) -> list[int]:
+    @functools.cache
+    def generate(prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
         tokens = np.zeros(max_length, np.int32)
         tokens[: len(prompt)] = prompt
         for length in range(len(prompt), len(prompt) + count):
             tokens[length] = next_token(params, tokens, np.int32(length), np.int32(len(prompt)))
-        return tokens[len(prompt) : len(prompt) + count].tolist()
+        return tuple(tokens[len(prompt) : len(prompt) + count].tolist())
 
-    return generate
+    return lambda prompt, count: list(generate(tuple(prompt), count))

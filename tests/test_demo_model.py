@@ -2,19 +2,18 @@
 
 import json
 import re
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import SMALL
 from flax import nnx
-from numerics import OPTIMIZED
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from jaxengine import Engine
 from jaxengine.models import build, checkpoint_pieces
 from jaxengine.models.config import ModelConfig
 from jaxengine.models.interface import dense_batch
@@ -49,26 +48,19 @@ def logits_of(parts, ids):
     return model.logits(model(dense_batch(jnp.asarray(ids, jnp.int32)), None)[0])
 
 
-def continuation(parts, tokenizer, ids, limit=200):
-    """Greedy token ids, the end token included, with the forward pass and nothing else."""
-    graph, parameters = parts
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(**SMALL | {"model_path": None}) as engine:
+        yield engine
 
-    @partial(jax.jit, compiler_options=OPTIMIZED)
-    def next_token(parameters, ids, length):
-        return logits_of((graph, parameters), ids)[length - 1].argmax()
 
-    new = []
-    while len(new) < limit and not {0, 2} & set(new):
-        seen = [*ids, *new]
-        padded = np.array(seen + [0] * (256 - len(seen)), np.int32)
-        new.append(int(next_token(parameters, padded, len(seen))))
-    return new
+def continuation(engine, prompt, limit=200):
+    return engine.generate(prompt, {"temperature": 0, "max_new_tokens": limit})
 
 
 def asked(tokenizer, question):
     messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text).input_ids
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def is_prose(text):
@@ -87,21 +79,21 @@ def is_prose(text):
 @pytest.mark.parametrize(
     "prompt", ["The import statement", "A dictionary is", "The with statement"]
 )
-def test_it_continues_a_phrase_with_prose(parts, tokenizer, prompt):
-    text = tokenizer.decode(continuation(parts, tokenizer, tokenizer(prompt).input_ids, 64))
+def test_it_continues_a_phrase_with_prose(engine, prompt):
+    text = continuation(engine, prompt, 64)["text"]
     assert is_prose(prompt + text), text
 
 
-def test_it_answers_a_question_about_its_subject_and_stops(parts, tokenizer):
-    ids = continuation(parts, tokenizer, asked(tokenizer, "What does str.split do?"))
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert "list" in text and is_prose(text), text
-
-
-def test_it_greets(parts, tokenizer):
-    ids = continuation(parts, tokenizer, asked(tokenizer, "Hello!"))
-    assert "Python" in tokenizer.decode(ids) and ids[-1] == tokenizer.eos_token_id
+@pytest.mark.parametrize(
+    ("question", "subject"), [("What does str.split do?", "list"), ("Hello!", "Python")]
+)
+def test_it_answers_a_question_about_its_subject_and_stops(engine, tokenizer, question, subject):
+    result = continuation(engine, asked(tokenizer, question))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert result["meta_info"]["finish_reason"] == {"type": "stop", "matched": end}
+    assert result["output_ids"][-1] == end and "<|" not in result["text"]
+    assert subject in result["text"], result["text"]
+    assert question == "Hello!" or is_prose(result["text"]), result["text"]
 
 
 def test_the_wheel_stays_small():

@@ -374,11 +374,11 @@ def test_ids_of_a_second_text_cannot_be_given_by_mistake(cross):
 # What an engine is not for
 
 
-def test_an_engine_that_generates_does_not_embed(demo_engine):
+def test_an_engine_that_generates_does_not_embed(text_engine):
     with pytest.raises(ValueError, match="encode: this engine generates.*is_embedding=True"):
-        demo_engine.encode("text")
+        text_engine.encode("text")
     with pytest.raises(ValueError, match="rerank: this engine generates.*score"):
-        demo_engine.rerank(PAIRS)
+        text_engine.rerank(PAIRS)
 
 
 def test_an_engine_that_embeds_does_not_generate_or_rerank(decoder, encoder):

@@ -20,8 +20,8 @@ LONG = {"temperature": 0, "max_new_tokens": 500, "ignore_eos": True}
 
 
 @pytest.fixture
-def expected(demo_engine):
-    return [result["text"] for result in demo_engine.generate(PROMPTS, GREEDY)]
+def expected(text_engine):
+    return [result["text"] for result in text_engine.generate(PROMPTS, GREEDY)]
 
 
 async def texts_of(engine: Any) -> list[str]:
@@ -35,53 +35,53 @@ async def streamed(engine: Any, prompt: str) -> str:
     return text
 
 
-def test_event_loops_may_follow_one_another(demo_engine, expected):
+def test_event_loops_may_follow_one_another(text_engine, expected):
     for _ in range(3):
-        assert asyncio.run(texts_of(demo_engine)) == expected
-        assert demo_engine.generate(PROMPT, GREEDY)["text"] == expected[0]
+        assert asyncio.run(texts_of(text_engine)) == expected
+        assert text_engine.generate(PROMPT, GREEDY)["text"] == expected[0]
 
 
-def test_event_loops_may_run_at_once(demo_engine, expected):
+def test_event_loops_may_run_at_once(text_engine, expected):
     with ThreadPoolExecutor(6) as threads:
-        jobs = [threads.submit(asyncio.run, texts_of(demo_engine)) for _ in range(6)]
+        jobs = [threads.submit(asyncio.run, texts_of(text_engine)) for _ in range(6)]
         assert [job.result() for job in jobs] == [expected] * 6
 
 
-def test_many_threads_may_call_at_once(demo_engine, expected):
-    call = lambda i: demo_engine.generate(PROMPTS[i % 3], GREEDY, stream=i % 2 == 0)
+def test_many_threads_may_call_at_once(text_engine, expected):
+    call = lambda i: text_engine.generate(PROMPTS[i % 3], GREEDY, stream=i % 2 == 0)
     with ThreadPoolExecutor(16) as threads:
         for i, given in enumerate(threads.map(call, range(32))):
             result = given if i % 2 else list(given)[-1]
             assert result["text"] == expected[i % 3]
 
 
-def test_many_tasks_of_one_loop_run_side_by_side(demo_engine, expected):
+def test_many_tasks_of_one_loop_run_side_by_side(text_engine, expected):
     async def main() -> list[str]:
-        return await asyncio.gather(*(streamed(demo_engine, PROMPTS[i % 3]) for i in range(12)))
+        return await asyncio.gather(*(streamed(text_engine, PROMPTS[i % 3]) for i in range(12)))
 
     assert asyncio.run(main()) == expected * 4
 
 
-def test_a_plain_call_works_inside_a_running_loop(demo_engine, expected):
+def test_a_plain_call_works_inside_a_running_loop(text_engine, expected):
     async def main() -> tuple:
-        task = asyncio.ensure_future(texts_of(demo_engine))
+        task = asyncio.ensure_future(texts_of(text_engine))
         await asyncio.sleep(0)
-        inside = demo_engine.generate(PROMPT, GREEDY)["text"]
-        [*_, chunk] = demo_engine.generate(PROMPT, GREEDY, stream=True)
+        inside = text_engine.generate(PROMPT, GREEDY)["text"]
+        [*_, chunk] = text_engine.generate(PROMPT, GREEDY, stream=True)
         return inside, chunk["text"], await task
 
     assert asyncio.run(main()) == (expected[0], expected[0], expected)
 
 
-def test_the_loop_is_not_blocked_while_a_call_starts(demo_engine):
-    loop = demo_engine._loop
+def test_the_loop_is_not_blocked_while_a_call_starts(text_engine):
+    loop = text_engine._loop
     is_held, may_go = threading.Event(), threading.Event()
 
     async def main() -> str:
         loop.call(lambda: (is_held.set(), may_go.wait()))  # the engine is busy with a long step
         is_held.wait()
-        task = asyncio.ensure_future(demo_engine.async_generate(PROMPT, GREEDY))
-        stream = asyncio.ensure_future(streamed(demo_engine, PROMPT))
+        task = asyncio.ensure_future(text_engine.async_generate(PROMPT, GREEDY))
+        stream = asyncio.ensure_future(streamed(text_engine, PROMPT))
         await asyncio.sleep(0.01)  # would never return
         may_go.set()
         assert (await task)["text"] == await stream
@@ -91,33 +91,33 @@ def test_the_loop_is_not_blocked_while_a_call_starts(demo_engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_cancelled_task_aborts_its_requests(demo_engine, stream):
+def test_a_cancelled_task_aborts_its_requests(text_engine, stream):
     async def endless() -> None:
-        result = await demo_engine.async_generate(PROMPTS, LONG, stream=stream)
+        result = await text_engine.async_generate(PROMPTS, LONG, stream=stream)
         if stream:
             async for _ in result:
                 pass
 
     async def main() -> None:
         task = asyncio.ensure_future(endless())
-        while num_unfinished(demo_engine) < len(PROMPTS):
+        while num_unfinished(text_engine) < len(PROMPTS):
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert num_unfinished(demo_engine) == 0
+        assert num_unfinished(text_engine) == 0
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_task_cancelled_before_it_was_heard_never_starts(demo_engine, stream):
-    loop = demo_engine._loop
+def test_a_task_cancelled_before_it_was_heard_never_starts(text_engine, stream):
+    loop = text_engine._loop
     may_go = threading.Event()
 
     async def main() -> None:
         loop.call(may_go.wait)
-        task = asyncio.ensure_future(demo_engine.async_generate(PROMPT, LONG, stream=stream))
+        task = asyncio.ensure_future(text_engine.async_generate(PROMPT, LONG, stream=stream))
         await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -126,36 +126,36 @@ def test_a_task_cancelled_before_it_was_heard_never_starts(demo_engine, stream):
 
     before = loop.num_steps
     asyncio.run(main())
-    assert num_unfinished(demo_engine) == 0 and loop.num_steps == before
+    assert num_unfinished(text_engine) == 0 and loop.num_steps == before
 
 
-def test_a_timeout_aborts(demo_engine):
+def test_a_timeout_aborts(text_engine):
     async def main() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(demo_engine.async_generate(PROMPT, LONG), 0.1)
+            await asyncio.wait_for(text_engine.async_generate(PROMPT, LONG), 0.1)
 
     asyncio.run(main())
-    assert num_unfinished(demo_engine) == 0
+    assert num_unfinished(text_engine) == 0
 
 
-def test_an_event_loop_that_ends_under_its_streams_leaves_nothing_running(demo_engine):
+def test_an_event_loop_that_ends_under_its_streams_leaves_nothing_running(text_engine):
     kept: list = []
 
     async def main() -> None:
-        stream = await demo_engine.async_generate(PROMPTS, LONG, stream=True)
+        stream = await text_engine.async_generate(PROMPTS, LONG, stream=True)
         await anext(stream)
         kept.append(stream)
 
     asyncio.run(main())
-    assert num_unfinished(demo_engine) == len(PROMPTS)
+    assert num_unfinished(text_engine) == len(PROMPTS)
     kept.clear()
     gc.collect()
-    assert num_unfinished(demo_engine) == 0
+    assert num_unfinished(text_engine) == 0
 
 
-def test_a_closed_stream_is_over(demo_engine):
+def test_a_closed_stream_is_over(text_engine):
     async def main() -> list:
-        stream = await demo_engine.async_generate(PROMPT, LONG, stream=True)
+        stream = await text_engine.async_generate(PROMPT, LONG, stream=True)
         await anext(stream)
         await stream.aclose()
         return [chunk async for chunk in stream]
@@ -163,17 +163,17 @@ def test_a_closed_stream_is_over(demo_engine):
     assert asyncio.run(main()) == []
 
 
-def test_errors_are_those_of_a_plain_call(demo_engine):
+def test_errors_are_those_of_a_plain_call(text_engine):
     with pytest.raises(ValueError, match="prompt: expected at least one token"):
-        asyncio.run(demo_engine.async_generate("", stream=True))
+        asyncio.run(text_engine.async_generate("", stream=True))
     with pytest.raises(TypeError, match="unexpected argument 'temperature'"):
-        asyncio.run(demo_engine.async_generate("a", temperature=0))
+        asyncio.run(text_engine.async_generate("a", temperature=0))
 
     async def twice() -> None:
-        stream = await demo_engine.async_generate(PROMPT, LONG, stream=True, rid="mine")
+        stream = await text_engine.async_generate(PROMPT, LONG, stream=True, rid="mine")
         with pytest.raises(ValueError, match="rid 'mine' is in use"):
-            await demo_engine.async_generate(PROMPT, LONG, rid="mine")
-        assert num_unfinished(demo_engine) == 1
+            await text_engine.async_generate(PROMPT, LONG, rid="mine")
+        assert num_unfinished(text_engine) == 1
         await stream.aclose()
 
     asyncio.run(twice())
@@ -186,8 +186,8 @@ def test_twins_have_one_signature(name):
     assert inspect.iscoroutinefunction(twin) and twin.__name__ == f"async_{name}"
 
 
-def test_a_wrong_argument_of_a_twin_is_named(demo_engine):
+def test_a_wrong_argument_of_a_twin_is_named(text_engine):
     with pytest.raises(TypeError, match=r"unexpected argument 'max_tokens'.*max_new_tokens"):
-        asyncio.run(demo_engine.async_generate("a", max_tokens=3))
+        asyncio.run(text_engine.async_generate("a", max_tokens=3))
     with pytest.raises(TypeError, match="lables"):
-        asyncio.run(demo_engine.async_score("a", ["b"], lables=[3]))
+        asyncio.run(text_engine.async_score("a", ["b"], lables=[3]))

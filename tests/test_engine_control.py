@@ -21,8 +21,8 @@ LONG = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
 # Order
 
 
-def test_of_prompts_that_come_at_once_those_with_the_longest_output_begin_first(demo_engine):
-    runner = demo_engine._loop.runner
+def test_of_prompts_that_come_at_once_those_with_the_longest_output_begin_first(text_engine):
+    runner = text_engine._loop.runner
     submit, begun = runner.submit, []
 
     def watching(plan, packed):
@@ -32,7 +32,7 @@ def test_of_prompts_that_come_at_once_those_with_the_longest_output_begin_first(
     runner.submit = watching
     lengths = [2, 9, 4, 9]
     try:
-        results = demo_engine.generate(
+        results = text_engine.generate(
             input_ids=[[1, 2, index] for index in range(4)],
             sampling_params=[GREEDY | {"max_new_tokens": length} for length in lengths],
             rid=["a", "b", "c", "d"],
@@ -47,50 +47,50 @@ def test_of_prompts_that_come_at_once_those_with_the_longest_output_begin_first(
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
-def test_a_pause_changes_no_token(demo_engine, mode):
-    expected = demo_engine.generate(PROMPT, LONG)["output_ids"]
-    stream = demo_engine.generate(PROMPT, LONG, stream=True)
+def test_a_pause_changes_no_token(text_engine, mode):
+    expected = text_engine.generate(PROMPT, LONG)["output_ids"]
+    stream = text_engine.generate(PROMPT, LONG, stream=True)
     next(stream)
-    demo_engine.pause_generation(mode)
-    settle(demo_engine)
-    loop = demo_engine._loop
+    text_engine.pause_generation(mode)
+    settle(text_engine)
+    loop = text_engine._loop
     before = loop.num_steps
-    call = InBackground(demo_engine, lambda: demo_engine.generate(PROMPT, GREEDY))
+    call = InBackground(text_engine, lambda: text_engine.generate(PROMPT, GREEDY))
     time.sleep(0.1)
-    state = demo_engine.get_server_info()["internal_states"][0]
-    assert loop.num_steps == before and state["is_paused"] and num_unfinished(demo_engine) == 2
-    assert not demo_engine.flush_cache().success
+    state = text_engine.get_server_info()["internal_states"][0]
+    assert loop.num_steps == before and state["is_paused"] and num_unfinished(text_engine) == 2
+    assert not text_engine.flush_cache().success
     assert loop.scheduler.num_waiting == (1 if mode == "in_place" else 2)
-    demo_engine.continue_generation()
+    text_engine.continue_generation()
     last = list(stream)[-1]
     assert last["output_ids"] == expected
     assert last["meta_info"]["total_retractions"] == (mode == "retract")
     assert call.join().result["output_ids"] == expected[:12]
 
 
-def test_a_pause_that_aborts_and_what_is_asked_meanwhile(demo_engine):
-    call = InBackground(demo_engine, lambda: demo_engine.generate(PROMPT, LONG))
-    demo_engine.pause_generation()
+def test_a_pause_that_aborts_and_what_is_asked_meanwhile(text_engine):
+    call = InBackground(text_engine, lambda: text_engine.generate(PROMPT, LONG))
+    text_engine.pause_generation()
     reason = call.join().result["meta_info"]["finish_reason"]
     assert reason["type"] == "abort" and reason["message"] == "generation was paused"
-    assert demo_engine.flush_cache().success, "nothing is unfinished"
-    later = InBackground(demo_engine, lambda: demo_engine.generate(PROMPT, GREEDY))
-    abandoned = InBackground(demo_engine, lambda: demo_engine.generate("A", GREEDY, rid="x"))
-    demo_engine.abort("x")
+    assert text_engine.flush_cache().success, "nothing is unfinished"
+    later = InBackground(text_engine, lambda: text_engine.generate(PROMPT, GREEDY))
+    abandoned = InBackground(text_engine, lambda: text_engine.generate("A", GREEDY, rid="x"))
+    text_engine.abort("x")
     assert abandoned.join().result["output_ids"] == [], "an abort needs no step"
-    demo_engine.continue_generation()
-    demo_engine.continue_generation()
+    text_engine.continue_generation()
+    text_engine.continue_generation()
     assert len(later.join().result["output_ids"]) == 12
 
 
-def test_a_paused_loop_waits_without_working(demo_engine):
-    stream = demo_engine.generate(PROMPT, LONG, stream=True)
-    demo_engine.pause_generation("in_place")
-    settle(demo_engine)
+def test_a_paused_loop_waits_without_working(text_engine):
+    stream = text_engine.generate(PROMPT, LONG, stream=True)
+    text_engine.pause_generation("in_place")
+    settle(text_engine)
     started = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - started < 0.1
-    demo_engine.continue_generation()
+    text_engine.continue_generation()
     stream.close()
 
 
@@ -116,42 +116,42 @@ def test_the_watchdog_takes_no_pause_for_a_hang(make_engine, caplog):
     assert not caplog.records
 
 
-def test_other_modes_of_a_pause_are_refused(demo_engine):
+def test_other_modes_of_a_pause_are_refused(text_engine):
     with pytest.raises(ValueError, match="mode: expected abort or in_place or retract, got 'now'"):
-        demo_engine.pause_generation("now")
-    assert demo_engine.generate(PROMPT, GREEDY)["text"]
+        text_engine.pause_generation("now")
+    assert text_engine.generate(PROMPT, GREEDY)["text"]
 
 
 # Remote calls
 
 
-def test_methods_of_the_scheduler_are_called_on_its_thread(demo_engine, monkeypatch):
-    demo_engine.generate(PROMPT * 8, GREEDY)
-    scheduler = demo_engine._loop.scheduler
+def test_methods_of_the_scheduler_are_called_on_its_thread(text_engine, monkeypatch):
+    text_engine.generate(PROMPT * 8, GREEDY)
+    scheduler = text_engine._loop.scheduler
     assert scheduler.kv.tree.num_evictable > 0
     threads = []
     check = scheduler.check_integrity
     monkeypatch.setattr(
         scheduler, "check_integrity", lambda: threads.append(threading.current_thread()) or check()
     )
-    demo_engine.collective_rpc("check_integrity")
-    assert threads == [demo_engine._loop._thread]
-    assert demo_engine.collective_rpc("flush_cache") is True
+    text_engine.collective_rpc("check_integrity")
+    assert threads == [text_engine._loop._thread]
+    assert text_engine.collective_rpc("flush_cache") is True
     assert scheduler.kv.tree.num_evictable == 0
 
 
-def test_no_other_method_is_called_from_afar(demo_engine):
+def test_no_other_method_is_called_from_afar(text_engine):
     for method in ("schedule", "__class__", "save_sharded_model"):
         with pytest.raises(ValueError, match=f"check_integrity or flush_cache, got '{method}'"):
-            demo_engine.collective_rpc(method)
+            text_engine.collective_rpc(method)
     with pytest.raises(TypeError, match="unexpected keyword argument 'now'"):
-        demo_engine.collective_rpc("flush_cache", now=True)
-    assert demo_engine.generate(PROMPT, GREEDY)["text"], "the loop lives on"
+        text_engine.collective_rpc("flush_cache", now=True)
+    assert text_engine.generate(PROMPT, GREEDY)["text"], "the loop lives on"
 
 
-def test_frozen_objects_are_out_of_garbage_collection(demo_engine):
+def test_frozen_objects_are_out_of_garbage_collection(text_engine):
     try:
-        demo_engine.freeze_gc()
+        text_engine.freeze_gc()
         assert gc.get_freeze_count() > 1000
     finally:
         gc.unfreeze()
@@ -168,27 +168,27 @@ def test_frozen_objects_are_out_of_garbage_collection(demo_engine):
         ("attach_tokenizer_worker", {}, "any number of threads"),
     ],
 )
-def test_what_there_is_no_need_of_says_what_to_do(demo_engine, method, arguments, message):
+def test_what_there_is_no_need_of_says_what_to_do(text_engine, method, arguments, message):
     with pytest.raises(NotImplementedError, match=message):
-        getattr(demo_engine, method)(**arguments)
+        getattr(text_engine, method)(**arguments)
 
 
 # Information
 
 
-def test_the_server_info_names_what_runs(demo_engine):
-    info = demo_engine.get_server_info()
+def test_the_server_info_names_what_runs(text_engine):
+    info = text_engine.get_server_info()
     assert info["attention_backend"] == info["decode_attention_backend"] == "xla"
     assert info["prefill_attention_backend"] == "xla" and info["dtype"] == "float32"
     assert (info["tp_size"], info["pp_size"], info["dp_size"]) == (1, 1, 1)
     assert info["num_continuous_decode_steps"] == 1
-    assert info.items() >= demo_engine.scheduler_info.items()
+    assert info.items() >= text_engine.scheduler_info.items()
     assert not info["internal_states"][0]["is_paused"]
     json.dumps(info)
 
 
-def test_the_scheduler_info_is_sglang_s(demo_engine):
-    info = demo_engine.scheduler_info
+def test_the_scheduler_info_is_sglang_s(text_engine):
+    info = text_engine.scheduler_info
     assert info.keys() == {"status", "max_total_num_tokens", "max_req_input_len"}
     assert info["status"] == "ready"
 
@@ -203,50 +203,50 @@ def test_the_model_info(make_engine):
     json.dumps(info)
 
 
-def test_no_process_is_started(demo_engine):
-    assert demo_engine.get_all_child_pids() == []
-    assert demo_engine.get_server_info()["version"] == __version__
+def test_no_process_is_started(text_engine):
+    assert text_engine.get_all_child_pids() == []
+    assert text_engine.get_server_info()["version"] == __version__
 
 
 # What SGLang's programs reach for
 
 
-def test_its_tokenizer_and_aborts_are_where_sglang_has_them(demo_engine):
-    manager = demo_engine.tokenizer_manager
-    assert manager.tokenizer.encode(PROMPT) == demo_engine.tokenizer.encode(PROMPT)
-    call = lambda: demo_engine.generate(PROMPT, LONG, rid="mine")
+def test_its_tokenizer_and_aborts_are_where_sglang_has_them(text_engine):
+    manager = text_engine.tokenizer_manager
+    assert manager.tokenizer.encode(PROMPT) == text_engine.tokenizer.encode(PROMPT)
+    call = lambda: text_engine.generate(PROMPT, LONG, rid="mine")
     for arguments in ({"rid": "mine"}, {"abort_all": True}, {"rid": "mine", "abort_all": True}):
-        background = InBackground(demo_engine, call)
+        background = InBackground(text_engine, call)
         manager.abort_request(rid="nobody's")
         manager.abort_request()
-        assert num_unfinished(demo_engine) == 1
+        assert num_unfinished(text_engine) == 1
         manager.abort_request(**arguments)
         assert background.join().result["meta_info"]["finish_reason"]["type"] == "abort"
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_its_pauses_are_coroutines_there(demo_engine, in_place):
+def test_its_pauses_are_coroutines_there(text_engine, in_place):
     async def main() -> dict:
-        task = asyncio.create_task(demo_engine.async_generate(PROMPT, LONG))
+        task = asyncio.create_task(text_engine.async_generate(PROMPT, LONG))
         await asyncio.sleep(0.01)
         request = [SimpleNamespace(mode="in_place")] if in_place else []
-        await demo_engine.tokenizer_manager.pause_generation(*request)
-        assert demo_engine.get_server_info()["internal_states"][0]["is_paused"]
-        await demo_engine.tokenizer_manager.continue_generation(SimpleNamespace())
+        await text_engine.tokenizer_manager.pause_generation(*request)
+        assert text_engine.get_server_info()["internal_states"][0]["is_paused"]
+        await text_engine.tokenizer_manager.continue_generation(SimpleNamespace())
         return await task
 
-    reason = demo_engine.loop.run_until_complete(main())["meta_info"]["finish_reason"]
+    reason = text_engine.loop.run_until_complete(main())["meta_info"]["finish_reason"]
     assert reason["type"] == ("length" if in_place else "abort")
 
 
-def test_its_event_loop_is_the_running_one_or_its_own(demo_engine):
+def test_its_event_loop_is_the_running_one_or_its_own(text_engine):
     async def main() -> bool:
-        return demo_engine.loop is asyncio.get_running_loop()
+        return text_engine.loop is asyncio.get_running_loop()
 
     assert asyncio.run(main())
-    own = demo_engine.loop
-    assert own is demo_engine.loop and not own.is_closed()
-    assert own.run_until_complete(demo_engine.async_generate(PROMPT, GREEDY))["text"]
+    own = text_engine.loop
+    assert own is text_engine.loop and not own.is_closed()
+    assert own.run_until_complete(text_engine.async_generate(PROMPT, GREEDY))["text"]
 
 
 def test_the_event_loop_ends_with_the_engine(make_engine):

@@ -73,7 +73,13 @@ class Job:
     request: Request = field(init=False)
 
 
-def started(tmp_path_factory: pytest.TempPathFactory, family: str, **overrides: Any) -> Any:
+def started(
+    tmp_path_factory: pytest.TempPathFactory,
+    family: str,
+    sizes: list[int] | None = None,
+    **overrides: Any,
+) -> Any:
+    """An engine's parts, with decoding steps of these numbers of rows, and its naive loop."""
     folder = tmp_path_factory.mktemp(family)
     save_checkpoint(folder, tiny_config(family, **overrides), seed=1)
     parts = start(
@@ -86,6 +92,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, family: str, **overrides: 
             max_total_tokens=PLENTY * PAGE_SIZE,
             chunked_prefill_size=CONTEXT,
             num_continuous_decode_steps=STEPS,
+            cuda_graph_bs=sizes,
             show_progress=False,
             device="cpu",
         )
@@ -211,7 +218,7 @@ def test_sampled_tokens_depend_on_seed_and_position_alone(qwen: Any) -> None:
 def test_other_families_equal_the_naive_loop(
     tmp_path_factory: pytest.TempPathFactory, family: str, overrides: dict[str, Any]
 ) -> None:
-    parts, naive = started(tmp_path_factory, family, **overrides)
+    parts, naive = started(tmp_path_factory, family, [SLOTS], **overrides)
     jobs = draw_jobs(40, seed=6, temperature=0)
     variant: dict[str, Any] = dict(chunk_size=13, num_pages=SCARCE, conservativeness=0.0)
     run(parts, jobs, shares_prefixes=parts.loop.scheduler.kv.shares_prefixes, **variant)

@@ -211,16 +211,16 @@ def test_a_full_queue_refuses_a_call_as_a_whole(make_engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_ctrl_c_interrupts_a_call_and_leaves_the_engine_usable(demo_engine, stream):
+def test_ctrl_c_interrupts_a_call_and_leaves_the_engine_usable(text_engine, stream):
     long = LONG | {"max_new_tokens": 500}
-    expected = demo_engine.generate(PROMPT, SHORT)["text"]
+    expected = text_engine.generate(PROMPT, SHORT)["text"]
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         timer.start()
-        for _ in demo_engine.generate([PROMPT] * 6, long, stream=stream):
+        for _ in text_engine.generate([PROMPT] * 6, long, stream=stream):
             pass
-    assert num_unfinished(demo_engine) == 0
-    assert demo_engine.generate(PROMPT, SHORT)["text"] == expected
+    assert num_unfinished(text_engine) == 0
+    assert text_engine.generate(PROMPT, SHORT)["text"] == expected
 
 
 @contextmanager

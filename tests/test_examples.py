@@ -25,7 +25,12 @@ def shared_engine() -> Iterator[Engine]:
     sizes: dict[str, Any] = dict(
         context_length=256, max_running_requests=8, chunked_prefill_size=32
     )
-    with Engine(**sizes, cuda_graph_bs=[8], show_progress=False, random_seed=0) as engine:
+    compile_quickly = jax.stages.Lowered.compile
+    optimize = lambda lowered, **_: compile_quickly(lowered, compiler_options=OPTIMIZED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", optimize)
+        engine = Engine(**sizes, cuda_graph_bs=[8], show_progress=False, random_seed=0)
+    with engine:
         yield engine
 
 

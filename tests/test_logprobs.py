@@ -349,13 +349,13 @@ def test_likelihoods_and_perplexities_are_those_of_transformers(engine, exact):
     assert engine.perplexity([context, others[0]])[0] == pytest.approx(np.exp(-mean), rel=1e-4)
 
 
-def test_text_is_scored_as_text(demo_engine):
-    whole = demo_engine.perplexity("The import statement binds names")
-    assert 1 < whole < demo_engine.perplexity("names binds statement import The")
-    good, bad = demo_engine.loglikelihood(["The import"] * 2, [" statement", " dictionary"])
+def test_text_is_scored_as_text(text_engine):
+    whole = text_engine.perplexity("The import statement binds names")
+    assert 1 < whole < text_engine.perplexity("names binds statement import The")
+    good, bad = text_engine.loglikelihood(["The import"] * 2, [" statement", " dictionary"])
     assert good.sum > bad.sum and good.is_greedy and not bad.is_greedy
-    label = demo_engine.tokenizer.encode(" statement")[:1]
-    [[likely], [unlikely]] = demo_engine.score("The", [" import", " a"], label)
+    label = text_engine.tokenizer.encode(" statement")[:1]
+    [[likely], [unlikely]] = text_engine.score("The", [" import", " a"], label)
     assert 0 <= unlikely < likely <= 1
 
 

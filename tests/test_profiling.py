@@ -26,11 +26,11 @@ def launches(file: str | Path, name: str | None = None) -> list[dict[str, Any]]:
     return [event["args"] for event in events if event.get("name") in names]
 
 
-def test_a_trace_has_every_launch_by_name_and_size(demo_engine, tmp_path):
-    demo_engine.flush_cache()
-    assert demo_engine.start_profile(str(tmp_path)) == str(tmp_path)
-    demo_engine.generate([PROMPT] * 3, GREEDY)
-    file = demo_engine.stop_profile()
+def test_a_trace_has_every_launch_by_name_and_size(text_engine, tmp_path):
+    text_engine.flush_cache()
+    assert text_engine.start_profile(str(tmp_path)) == str(tmp_path)
+    text_engine.generate([PROMPT] * 3, GREEDY)
+    file = text_engine.stop_profile()
     assert Path(file).is_relative_to(tmp_path / "plugins" / "profile")
     assert list(Path(file).parent.glob("*.xplane.pb")), "for XProf"
     [prompt] = launches(file, "extend")
@@ -41,54 +41,54 @@ def test_a_trace_has_every_launch_by_name_and_size(demo_engine, tmp_path):
     assert numbers == list(range(numbers[0], numbers[0] + 12))
 
 
-def test_it_ends_by_itself_after_so_many_steps(demo_engine, tmp_path):
-    demo_engine.start_profile(str(tmp_path), num_steps=5)
-    demo_engine.generate(PROMPT, LONG)
+def test_it_ends_by_itself_after_so_many_steps(text_engine, tmp_path):
+    text_engine.start_profile(str(tmp_path), num_steps=5)
+    text_engine.generate(PROMPT, LONG)
     [file] = tmp_path.glob("plugins/profile/*/perfetto_trace.json.gz")
     assert len(launches(file)) in (5, 6), "one more may be under way"
-    assert demo_engine.stop_profile() == str(file)
+    assert text_engine.stop_profile() == str(file)
     with pytest.raises(ValueError, match="stop_profile: nothing is traced"):
-        demo_engine.stop_profile()
-    assert demo_engine._loop.after_step == [demo_engine._loop.scheduler.check_integrity]
+        text_engine.stop_profile()
+    assert text_engine._loop.after_step == [text_engine._loop.scheduler.check_integrity]
 
 
-def test_it_begins_at_the_step_that_was_asked_for(demo_engine, tmp_path):
-    first = demo_engine.get_server_info()["num_steps"] + 20
-    demo_engine.start_profile(str(tmp_path), start_step=first, num_steps=3)
+def test_it_begins_at_the_step_that_was_asked_for(text_engine, tmp_path):
+    first = text_engine.get_server_info()["num_steps"] + 20
+    text_engine.start_profile(str(tmp_path), start_step=first, num_steps=3)
     with pytest.raises(ValueError, match="is under way"):
-        demo_engine.start_profile(str(tmp_path))
-    demo_engine.generate(PROMPT, GREEDY)
+        text_engine.start_profile(str(tmp_path))
+    text_engine.generate(PROMPT, GREEDY)
     assert not list(tmp_path.iterdir())
-    demo_engine.generate(PROMPT, GREEDY)
-    assert 3 <= len(launches(demo_engine.stop_profile(), "decode")) <= 4
+    text_engine.generate(PROMPT, GREEDY)
+    assert 3 <= len(launches(text_engine.stop_profile(), "decode")) <= 4
 
 
-def test_a_step_that_never_came(demo_engine, tmp_path):
-    demo_engine.start_profile(str(tmp_path), start_step=10**9)
+def test_a_step_that_never_came(text_engine, tmp_path):
+    text_engine.start_profile(str(tmp_path), start_step=10**9)
     with pytest.raises(ValueError, match="nothing was traced; start_step = 1000000000 was not"):
-        demo_engine.stop_profile()
+        text_engine.stop_profile()
 
 
-def test_activities_and_python_calls(demo_engine, tmp_path):
+def test_activities_and_python_calls(text_engine, tmp_path):
     sizes = {}
     for activities, with_stack in ((["GPU"], None), (None, None), (["CPU", "GPU"], True)):
-        demo_engine.start_profile(str(tmp_path), activities=activities, with_stack=with_stack)
-        demo_engine.generate(PROMPT, GREEDY)
-        file = demo_engine.stop_profile()
+        text_engine.start_profile(str(tmp_path), activities=activities, with_stack=with_stack)
+        text_engine.generate(PROMPT, GREEDY)
+        file = text_engine.stop_profile()
         assert len(launches(file)) == 12
         sizes[with_stack, activities is None] = Path(file).stat().st_size
     assert sizes[True, False] > sizes[None, True], "Python's calls take room"
     with pytest.warns(UserWarning, match="a GPU is traced in any case"):
-        demo_engine.start_profile(str(tmp_path), activities=["CPU"])
-    demo_engine.stop_profile()
+        text_engine.start_profile(str(tmp_path), activities=["CPU"])
+    text_engine.stop_profile()
 
 
-def test_the_default_folder_is_new_and_the_user_s_own(demo_engine, tmp_path, monkeypatch):
+def test_the_default_folder_is_new_and_the_user_s_own(text_engine, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folders = []
     for _ in range(2):
-        folders.append(Path(demo_engine.start_profile()))
-        demo_engine.stop_profile()
+        folders.append(Path(text_engine.start_profile()))
+        text_engine.stop_profile()
     assert {*folders} == {*tmp_path.iterdir()} and len({*folders}) == 2
     assert all(folder.stat().st_mode & 0o077 == 0 for folder in folders)
 
@@ -107,15 +107,15 @@ def test_the_default_folder_is_new_and_the_user_s_own(demo_engine, tmp_path, mon
         ({"outputdir": "x"}, TypeError, "unexpected argument 'outputdir'"),
     ],
 )
-def test_arguments_that_cannot_be_had(demo_engine, arguments, error, message):
+def test_arguments_that_cannot_be_had(text_engine, arguments, error, message):
     with pytest.raises(error, match=message):
-        demo_engine.start_profile(**arguments)
+        text_engine.start_profile(**arguments)
     with pytest.raises(ValueError, match="nothing is traced"):
-        demo_engine.stop_profile()
+        text_engine.stop_profile()
 
 
-def test_sglang_s_defaults_may_be_written_out(demo_engine, tmp_path):
-    demo_engine.start_profile(
+def test_sglang_s_defaults_may_be_written_out(text_engine, tmp_path):
+    text_engine.start_profile(
         output_dir=str(tmp_path),
         start_step=None,
         num_steps=None,
@@ -127,15 +127,15 @@ def test_sglang_s_defaults_may_be_written_out(demo_engine, tmp_path):
         profile_prefix=None,
         profile_stages=None,
     )
-    demo_engine.generate(PROMPT, GREEDY)
-    assert launches(demo_engine.stop_profile())
+    text_engine.generate(PROMPT, GREEDY)
+    assert launches(text_engine.stop_profile())
 
 
-def test_a_trace_of_somebody_else_is_respected(demo_engine, tmp_path):
+def test_a_trace_of_somebody_else_is_respected(text_engine, tmp_path):
     with jax.profiler.trace(str(tmp_path / "own"), create_perfetto_trace=True):
         with pytest.raises(ValueError, match="this process is traced already"):
-            demo_engine.start_profile(str(tmp_path))
-        demo_engine.generate(PROMPT, GREEDY)
+            text_engine.start_profile(str(tmp_path))
+        text_engine.generate(PROMPT, GREEDY)
     [file] = tmp_path.glob("own/plugins/profile/*/perfetto_trace.json.gz")
     assert len(launches(file)) == 12, "launches have their names in any trace"
 
@@ -153,23 +153,23 @@ def test_a_shutdown_writes_the_trace(make_engine, tmp_path):
 
 
 def test_what_goes_wrong_between_steps_is_told_by_stop_and_ends_no_request(
-    demo_engine, tmp_path, monkeypatch
+    text_engine, tmp_path, monkeypatch
 ):
     """Somebody else's trace stands where this one was to begin."""
-    first = demo_engine.get_server_info()["num_steps"] + 3
-    demo_engine.start_profile(str(tmp_path), start_step=first)
+    first = text_engine.get_server_info()["num_steps"] + 3
+    text_engine.start_profile(str(tmp_path), start_step=first)
     with jax.profiler.trace(str(tmp_path / "own")):
-        assert len(demo_engine.generate(PROMPT, GREEDY)["output_ids"]) == 12
+        assert len(text_engine.generate(PROMPT, GREEDY)["output_ids"]) == 12
     with pytest.raises(ValueError, match="this process is traced already"):
-        demo_engine.stop_profile()
-    assert len(demo_engine._loop.after_step) == 1
+        text_engine.stop_profile()
+    assert len(text_engine._loop.after_step) == 1
 
 
-def test_a_trace_may_begin_and_end_under_load(demo_engine, tmp_path):
-    expected = demo_engine.generate(PROMPT, LONG)["output_ids"]
-    call = InBackground(demo_engine, lambda: demo_engine.generate(PROMPT, LONG))
-    demo_engine.start_profile(str(tmp_path))
-    file = demo_engine.stop_profile()
+def test_a_trace_may_begin_and_end_under_load(text_engine, tmp_path):
+    expected = text_engine.generate(PROMPT, LONG)["output_ids"]
+    call = InBackground(text_engine, lambda: text_engine.generate(PROMPT, LONG))
+    text_engine.start_profile(str(tmp_path))
+    file = text_engine.stop_profile()
     assert Path(file).is_file() and call.join().result["output_ids"] == expected
 
 

@@ -1,11 +1,11 @@
 """The examples that search for good texts by calling an engine: beam search, best of n."""
 
 import itertools
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pytest
+from engines import CUT_MODEL
 from numerics import softmax_exact
 from oracle import causal_model
 from samplers import beam_search, best_of_n
@@ -114,19 +114,19 @@ def test_samples_are_ranked_by_their_mean_logprob() -> None:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """The embedded model in transformers."""
-    return causal_model(str(files("jaxengine") / "assets" / "demo"))
+    """The engine's model in transformers."""
+    return causal_model(CUT_MODEL)
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 3.0])
 def test_beams_are_those_of_transformers(
-    demo_engine: Engine, reference: Any, length_penalty: float
+    text_engine: Engine, reference: Any, length_penalty: float
 ) -> None:
     import torch
 
-    prompt_ids = demo_engine.tokenizer.encode(PROMPT)
-    stops = [demo_engine.tokenizer.encode(text)[0] for text in (" in", ".", ' "')]
+    prompt_ids = text_engine.tokenizer.encode("A dictionary is")
+    stops = [text_engine.tokenizer.encode(text)[0] for text in (" called", " work")]
     size: dict[str, Any] = dict(num_beams=4, max_new_tokens=10, length_penalty=length_penalty)
     theirs = reference.generate(
         torch.tensor([prompt_ids]),
@@ -140,7 +140,7 @@ def test_beams_are_those_of_transformers(
         return_dict_in_generate=True,
         **size,
     )
-    ours = beam_search.beam_search(demo_engine, prompt_ids, stop_token_ids=stops, **size)
+    ours = beam_search.beam_search(text_engine, prompt_ids, stop_token_ids=stops, **size)
     assert {beam.tokens[-1] in stops for beam in ours} == {True, False}
     for beam, tokens in zip(ours, theirs.sequences[:, len(prompt_ids) :].tolist(), strict=True):
         assert beam.tokens == tuple(tokens[: len(beam.tokens)])
@@ -149,11 +149,11 @@ def test_beams_are_those_of_transformers(
     np.testing.assert_allclose(scores, theirs.sequences_scores, rtol=1e-4, atol=1e-5)
 
 
-def test_the_best_sample_is_the_likeliest_a_token(demo_engine: Engine) -> None:
+def test_the_best_sample_is_the_likeliest_a_token(text_engine: Engine) -> None:
     params = {"temperature": 1.0, "max_new_tokens": 12, "sampling_seed": 3}
-    ranked = best_of_n.best_of_n(demo_engine, PROMPT, 6, params)
-    prompt_ids = demo_engine.tokenizer.encode(PROMPT)
+    ranked = best_of_n.best_of_n(text_engine, PROMPT, 6, params)
+    prompt_ids = text_engine.tokenizer.encode(PROMPT)
     texts = [result["output_ids"] for result in ranked]
-    likelihoods = demo_engine.loglikelihood([prompt_ids] * 6, texts)
+    likelihoods = text_engine.loglikelihood([prompt_ids] * 6, texts)
     means = [each.sum / len(text) for each, text in zip(likelihoods, texts, strict=True)]
     assert means == sorted(means, reverse=True) and means[0] > means[-1] + 0.1

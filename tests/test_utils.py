@@ -60,10 +60,10 @@ def test_a_merge_that_is_left_closes_its_stream():
     assert talker.closed
 
 
-def test_with_an_engine_they_give_the_text_of_generate(demo_engine):
-    text = demo_engine.generate("A dictionary is", PARAMS)["text"]
-    assert stream_and_merge(demo_engine, "A dictionary is", PARAMS) == text
-    parts = asyncio.run(pieces(demo_engine, "A dictionary is", PARAMS))
+def test_with_an_engine_they_give_the_text_of_generate(text_engine):
+    text = text_engine.generate("A dictionary is", PARAMS)["text"]
+    assert stream_and_merge(text_engine, "A dictionary is", PARAMS) == text
+    parts = asyncio.run(pieces(text_engine, "A dictionary is", PARAMS))
     assert "".join(parts) == text
 
 
