@@ -9,7 +9,7 @@ import numpy as np
 
 PERIOD = 999_983  # a prime
 
-OPTIMIZED = {"xla_backend_optimization_level": 3}
+OPTIMIZED: dict[str, Any] = {"xla_backend_optimization_level": 3}
 """Compiler options of what runs longer than it compiles; see `conftest`."""
 
 
