@@ -8,7 +8,6 @@ import warnings
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import countOf
 from reprlib import repr as short
 from typing import Any
 
@@ -136,18 +135,21 @@ def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> array:
 
 def _packed(ids: Sequence[Any], vocab_size: int) -> array | None:
     """As unsigned numbers of 32 bits; None where some of them is no id."""
-    if not isinstance(ids, array):  # what the tokenizer gave is one
-        if countOf(map(type, ids), int) < len(ids):
-            return None
+    if isinstance(ids, array) and ids.typecode == "I":  # as the tokenizer gives them
+        packed = ids
+    else:
         try:
-            ids = array("I", ids)
-        except OverflowError:
+            packed = array("I", ids)
+        except (TypeError, OverflowError):
             return None
-    return ids if np.frombuffer(ids, np.uint32).max() < vocab_size else None
+    numbers = np.frombuffer(packed, np.uint32)
+    has_truths = numbers.min() <= 1 and bool in map(type, ids)  # they pass for 0 and 1
+    return None if has_truths or numbers.max() >= vocab_size else packed
 
 
 def _wrong_id(ids: Sequence[Any], entry: Entry, limits: Limits) -> str:
-    is_wrong = lambda token: type(token) is not int or not 0 <= token < limits.vocab_size
+    is_number = lambda token: isinstance(token, int) and type(token) is not bool
+    is_wrong = lambda token: not (is_number(token) and 0 <= token < limits.vocab_size)
     index, token = next((index, token) for index, token in enumerate(ids) if is_wrong(token))
     if entry.input_ids is None:
         return (

@@ -134,8 +134,10 @@ class SamplingParams:
     @property
     def grammar(self) -> GrammarSpec | None:
         """The form that the completion must have; None: any."""
-        given = ((name, getattr(self, name)) for name in GRAMMARS)
-        return next((GrammarSpec(name, text) for name, text in given if text is not None), None)
+        for name in GRAMMARS:
+            if (text := getattr(self, name)) is not None:
+                return GrammarSpec(name, text)
+        return None
 
     def validate_for(self, vocab_size: int) -> None:
         """Raises ValueError if a token id is not below `vocab_size`, the width of the logits."""

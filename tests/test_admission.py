@@ -2,6 +2,7 @@
 
 import random
 import re
+from array import array
 from typing import Any
 
 import jax.numpy as jnp
@@ -47,7 +48,17 @@ def test_a_request_carries_what_was_asked():
     assert request.stop_token_ids == {4, EOS}
 
 
-@pytest.mark.parametrize("ids", [[np.int64(1), 2], (np.uint8(1), np.int32(2)), [jnp.array(1), 2]])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [np.int64(1), 2],
+        (np.uint8(1), np.int32(2)),
+        [jnp.array(1), 2],
+        [1, re.IGNORECASE],
+        array("q", [1, 2]),
+        array("I", [1, 2]),
+    ],
+)
 def test_ids_become_pythons_own_numbers(ids):
     prompt_ids = list(made(ids).prompt_ids)
     assert prompt_ids == [1, 2] and {type(token) for token in prompt_ids} == {int}
@@ -106,7 +117,9 @@ def test_too_much_is_cut_where_that_was_asked_for():
         ([2**32 + 1], "got 4294967297 at index 0"),
         ([True], "got True at index 0"),
         ([1, np.True_], "got True at index 1"),
-        ([1, re.IGNORECASE], "at index 1"),
+        ([5, 0, False], "got False at index 2"),
+        (array("d", [1.0]), "got 1.0 at index 0"),
+        (array("q", [3, -1]), "got -1 at index 1"),
         ([1.0], "got 1.0 at index 0"),
         ([float("nan")], "got nan at index 0"),
         (["1"], "got '1' at index 0"),
