@@ -135,15 +135,13 @@ def _checked_ids(ids: Sequence[Any], entry: Entry, limits: Limits) -> array:
 
 def _packed(ids: Sequence[Any], vocab_size: int) -> array | None:
     """As unsigned numbers of 32 bits; None where some of them is no id."""
-    if isinstance(ids, array) and ids.typecode == "I":  # as the tokenizer gives them
-        packed = ids
-    else:
-        try:
-            packed = array("I", ids)
-        except (TypeError, OverflowError):
-            return None
+    try:  # what the tokenizer gave is packed
+        packed = ids if isinstance(ids, array) else array("I", ids)
+    except (TypeError, OverflowError):
+        return None
     numbers = np.frombuffer(packed, np.uint32)
-    has_truths = numbers.min() <= 1 and bool in map(type, ids)  # they pass for 0 and 1
+    small = np.flatnonzero(numbers <= 1)  # which truth values pass for
+    has_truths = any(type(ids[place]) is bool for place in small.tolist())
     return None if has_truths or numbers.max() >= vocab_size else packed
 
 
