@@ -21,7 +21,8 @@ OFFLINE = sorted(path.name for path in EXAMPLES.glob("offline_*.py"))
 
 @pytest.fixture(scope="module")
 def shared_engine() -> Iterator[Engine]:
-    """One for all, with few steps to compile; those of the examples would take longer."""
+    """One for all, with few steps to compile; those of the examples would take longer. As they
+    generate much with the whole model, it is compiled for that."""
     sizes: dict[str, Any] = dict(
         context_length=256, max_running_requests=8, chunked_prefill_size=32
     )

@@ -818,12 +818,12 @@ test_any_order_of_events_gives_every_request_its_output = AnyOrderOfEvents.TestC
 
 @pytest.mark.parametrize("decode_steps", [1, 3])
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_thousands_of_steps_under_pressure_lose_nothing(overlaps, decode_steps):
+def test_ten_thousand_steps_under_pressure_lose_nothing(overlaps, decode_steps):
     rng = random.Random(0)
     options = dict(num_pages=18, page_size=4, max_running_requests=8, decode_steps=decode_steps)
     host = Host(**options, learns=False)
     prompts = [[rng.randrange(2) for _ in range(rng.randint(1, 20))] for _ in range(12)]
-    for _ in range(4_000):
+    for _ in range(10_000):
         if len(host.live) < 12:
             tail = [rng.randrange(3) for _ in range(rng.randint(0, 6))]
             skips_forced = rng.random() < 0.3
@@ -836,6 +836,6 @@ def test_thousands_of_steps_under_pressure_lose_nothing(overlaps, decode_steps):
         host.step(overlaps)
     host.run(overlaps)
     host.check_outputs()
-    assert sum(request.num_retractions for request in host.requests) > 320
-    assert sum(request.num_cached or 0 for request in host.requests) > 800
+    assert sum(request.num_retractions for request in host.requests) > 800
+    assert sum(request.num_cached or 0 for request in host.requests) > 2000
     host.check_no_leak()
